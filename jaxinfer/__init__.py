@@ -1,0 +1,31 @@
+"""jaxinfer: pure JAX functions and checkpoints become fast, batched, observable inference engines."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxinfer.errors import JaxinferError
+    from jaxinfer.graph import Block, Graph, Leaf, Run, StateGroup
+    from jaxinfer.request import Output, Piece, Sampling
+    from jaxinfer.runtime.language import LanguageModel
+    from jaxinfer.runtime.load import load
+
+__version__ = "0.1.0"
+__all__ = ["Block", "Graph", "JaxinferError", "LanguageModel", "Leaf", "Output", "Piece", "Run", "Sampling",
+           "StateGroup", "load"]
+_HOMES = {
+    "errors": ("JaxinferError",), "graph": ("Block", "Graph", "Leaf", "Run", "StateGroup"),
+    "request": ("Output", "Piece", "Sampling"), "runtime.language": ("LanguageModel",), "runtime.load": ("load",),
+}
+
+
+def __getattr__(name: str):
+    """Public names are imported when they are first used (PEP 562): `import jaxinfer` costs nothing."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"jaxinfer.{home}"), name)
+    raise AttributeError(f"module 'jaxinfer' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,58 @@
+"""Where XLA keeps compiled programs between processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+_found = threading.local()
+
+
+def cache_home() -> Path:
+    """`$JAXINFER_CACHE`, or `~/.cache/jaxinfer`."""
+    return Path(os.environ.get("JAXINFER_CACHE") or Path.home() / ".cache" / "jaxinfer")
+
+
+def cpu_features() -> str:
+    """A digest of this CPU's instruction sets. JAX calls every CPU "cpu"; one's code can crash another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]
+
+
+def enable() -> None:
+    """Turn on JAX's persistent compilation cache under `cache_home()`, unless the user chose a place (or "off")."""
+    if jax.config.jax_compilation_cache_dir is None and os.environ.get("JAXINFER_CACHE") != "off":
+        jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla" / cpu_features()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@contextmanager
+def watch() -> Iterator[list[bool]]:
+    """Collects one True for each program that this thread takes from the cache inside the `with` block."""
+    if not hasattr(_found, "hits"):
+        _found.hits = None
+    before, _found.hits = _found.hits, []
+    try:
+        yield _found.hits
+    finally:
+        _found.hits = before
+
+
+def _listen(event: str, **_) -> None:
+    hits = getattr(_found, "hits", None)
+    if event == "/jax/compilation_cache/cache_hits" and hits is not None:
+        hits.append(True)
+
+
+jax.monitoring.register_event_listener(_listen)

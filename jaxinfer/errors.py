@@ -1,0 +1,54 @@
+"""Every exception a caller may catch. Each message says what was wrong, what would be right, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class JaxinferError(Exception):
+    """The root of all errors that this package raises on purpose."""
+
+
+class InvalidRequest(JaxinferError, ValueError):
+    """A request that can never be served as it stands: an empty prompt, a negative temperature, too many tokens."""
+
+
+class InvalidOption(JaxinferError, ValueError):
+    """An option of `load` (or of the command line) with a value that has no meaning."""
+
+
+class ModelNotFound(JaxinferError, FileNotFoundError):
+    """A source that is neither a catalog name, a directory, a file, nor a hub id that can be reached."""
+
+
+class DownloadFailed(JaxinferError, OSError):
+    """A download that broke off, did not match its checksum, or found no room on the disk; nothing is left behind."""
+
+
+class CorruptFile(JaxinferError, ValueError):
+    """A checkpoint, tokenizer or config file that ends early or contradicts itself."""
+
+
+class UnsupportedModel(JaxinferError, ValueError):
+    """An architecture, config key, tensor type or tokenizer that this version does not understand."""
+
+
+class CheckpointMismatch(JaxinferError, ValueError):
+    """Weights that do not fit the graph; `problems` lists every missing, surplus and misshapen tensor."""
+
+    def __init__(self, source: str, problems: Iterable[str]):
+        self.problems = list(problems)
+        lines = "\n  ".join(self.problems)
+        super().__init__(f"{source}: {len(self.problems)} problems, nothing was loaded:\n  {lines}")
+
+
+class OutOfMemory(JaxinferError, MemoryError):
+    """A plan that does not fit its memory budget; the message carries the numbers and what would fit."""
+
+
+class Closed(JaxinferError, RuntimeError):
+    """A model that was closed, or closed while this request was waiting or running."""
+
+
+class StepFailed(JaxinferError, RuntimeError):
+    """A device step that failed; the cause is chained."""

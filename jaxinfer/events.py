@@ -1,0 +1,72 @@
+"""Typed events: the one hook for observers (progress bars, logs, metrics). Emitting costs nothing unobserved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A long job advanced: `done` of `total` units of `what` ("download", "load"); `done == total` ends it."""
+
+    what: str
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """An Executable is about to be compiled (`seconds` is None) or was, in `seconds`, from `origin`."""
+
+    name: str
+    seconds: float | None = None
+    origin: str = "compiled"
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A step found no Executable for its bucket; `why` says which leaf of the input changed, `ran_on` what served."""
+
+    name: str
+    why: str
+    ran_on: str
+
+
+@dataclass(frozen=True)
+class RequestEnded:
+    """A request left the engine; `reason` is a finish reason of `Output`."""
+
+    id: int
+    reason: str
+    prompt_tokens: int
+    tokens: int
+
+
+Event = Progress | Compiling | Missed | RequestEnded
+_observers: tuple[Callable[[Event], None], ...] = ()
+
+
+def emit(event: Event) -> None:
+    """Hand `event` to every observer, in the caller's thread."""
+    for observer in _observers:
+        observer(event)
+
+
+@contextmanager
+def observe(observer: Callable[[Event], None]) -> Iterator[None]:
+    """Call `observer` with every event emitted inside the `with` block, from whichever thread emits it.
+
+    >>> seen = []
+    >>> with observe(seen.append): emit(Compiling("forward[T=8]"))
+    >>> seen[0].name
+    'forward[T=8]'
+    """
+    global _observers
+    _observers = (*_observers, observer)
+    try:
+        yield
+    finally:
+        _observers = tuple(o for o in _observers if o is not observer)

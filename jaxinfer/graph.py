@@ -1,0 +1,162 @@
+"""What a model is: its weights (Leaf), the state it needs (StateGroup), and pure functions over a run of tokens.
+
+Axes: T tokens, R rows, P pages per row, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = Any  # a pytree of arrays in the shape of Graph.spec
+State = dict[str, list["Pages"]]  # state group -> one entry per layer of that group
+
+
+@dataclass(frozen=True, init=False)
+class Leaf:
+    """One weight, said once: shape, logical axes, names in checkpoints, and the fix-up from file to array.
+
+    `names` are alternatives, tried in order; "a + b" concatenates a and b along axis 0. `transpose` swaps the two
+    axes of a tensor that the file stores as `[in, out]`. A leaf with `exact=True` keeps float32 in every dtype
+    (norms and biases: they are tiny, and rounding them costs accuracy for nothing).
+
+    >>> Leaf((96, 64), ("ffn", "embed"), "mlp.up_proj.weight").alternatives
+    (('mlp.up_proj.weight',),)
+    >>> Leaf((3, 4), ("qkv", "embed"), "q + k + v", "qkv").alternatives
+    (('q', 'k', 'v'), ('qkv',))
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    names: tuple[str, ...]
+    transpose: bool
+    exact: bool
+
+    def __init__(self, shape: Sequence[int], axes: Sequence[str | None], *names: str, transpose=False, exact=False):
+        assert len(shape) == len(axes) and names, (shape, axes, names)
+        values = (tuple(shape), tuple(axes), names, transpose, exact)
+        for key, value in zip(("shape", "axes", "names", "transpose", "exact"), values, strict=True):
+            object.__setattr__(self, key, value)
+
+    @property
+    def alternatives(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(name.split(" + ")) for name in self.names)
+
+    def under(self, prefix: str) -> Leaf:
+        """The same leaf with `prefix` before each of its names: a block's leaf becomes a layer's."""
+        names = (" + ".join(prefix + part for part in parts) for parts in self.alternatives)
+        return Leaf(self.shape, self.axes, *names, transpose=self.transpose, exact=self.exact)
+
+
+@dataclass(frozen=True)
+class StateGroup:
+    """Layers whose state is kept alike. `window` is None for pages that grow with the context; with a window,
+    pages that no later token can see return to the pool."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_width: int
+    window: int | None = None
+
+
+class Pages(NamedTuple):
+    """One layer's keys and values in pages; the attention op owns the layout (`kernels.attention`)."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@partial(jax.tree_util.register_dataclass,
+         data_fields=["tokens_T", "cu_q_lens", "kv_lens_R", "slot_R", "tables"], meta_fields=["longest"])
+@dataclass(frozen=True)
+class Run:
+    """A generation step's input: T tokens, flat, that belong to R rows. All arrays are int32.
+
+    `cu_q_lens` [R+1]: row r owns tokens `cu_q_lens[r]:cu_q_lens[r+1]`; tokens from `cu_q_lens[R]` on are padding.
+    `kv_lens_R`: tokens that the row has after this step, cached ones included; 0 for a padded row.
+    `slot_R`: the row's stable index, by which the device finds its last sampled token.
+    `tables`: page table [R, P] per state group; entries past a row's pages may hold anything.
+    `longest` (static): no row has more tokens than this. Decode is `longest == 1`, where token r is row r.
+    """
+
+    tokens_T: Any
+    cu_q_lens: Any
+    kv_lens_R: Any
+    slot_R: Any
+    tables: dict[str, Any]
+    longest: int = field(metadata={"static": True})
+
+    @property
+    def valid_T(self) -> jax.Array:
+        return jnp.arange(self.tokens_T.shape[0]) < self.cu_q_lens[-1]
+
+    @property
+    def row_T(self) -> jax.Array:
+        """The row of each token; padding belongs to the last row."""
+        T = jnp.arange(self.tokens_T.shape[0])
+        ends_R = self.cu_q_lens[1:]
+        return jnp.minimum((ends_R[None, :] <= T[:, None]).sum(1, dtype=jnp.int32), ends_R.shape[0] - 1)
+
+    @property
+    def position_T(self) -> jax.Array:
+        """Each token's position in its sequence, from 0. Padding gets 0."""
+        T = jnp.arange(self.tokens_T.shape[0], dtype=jnp.int32)
+        position_T = self.kv_lens_R[self.row_T] - self.cu_q_lens[1:][self.row_T] + T
+        return jnp.where(self.valid_T, position_T, 0)
+
+    @property
+    def last_R(self) -> jax.Array:
+        """The flat index of each row's last token; 0 for a padded row."""
+        return jnp.maximum(self.cu_q_lens[1:] - 1, 0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer. `apply(params, pages, x_TD, run) -> x_TD, pages`. Blocks of one `kind` share code and shapes, and
+    those that share the very function are traced once."""
+
+    kind: str
+    group: str
+    apply: Callable[[Params, Pages, jax.Array, Run], tuple[jax.Array, Pages]]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A layered model: `embed`, one `Block` per layer, `head`, and `spec`, the tree of leaves they read.
+
+    `spec` is `{"blocks": [one tree per layer], ...}`; `embed(params, run) -> x_TD` and `head(params, x_RD) ->
+    logits_RV` (float32) see the whole of params, a block only its own tree. `ignore` are patterns of checkpoint
+    tensors that may be present and are not read.
+    """
+
+    name: str
+    spec: Params
+    groups: tuple[StateGroup, ...]
+    embed: Callable[[Params, Run], jax.Array]
+    blocks: tuple[Block, ...]
+    head: Callable[[Params, jax.Array], jax.Array]
+    vocab: int
+    max_context: int
+    ignore: tuple[str, ...] = ()
+
+
+def forward(graph: Graph, params: Params, state: State, last_S: jax.Array, run: Run) -> tuple[State, jax.Array]:
+    """One step: read the run's tokens into the state and return it with `logits_RV` of each row's last token.
+
+    A token of -1 stands for the last token sampled in its row's slot (`last_S`), which the host need not know.
+    """
+    tokens_T = jnp.where(run.tokens_T < 0, last_S[run.slot_R[run.row_T]], run.tokens_T)
+    run = Run(tokens_T, run.cu_q_lens, run.kv_lens_R, run.slot_R, run.tables, run.longest)
+    x_TD, pages = graph.embed(params, run), {group.name: iter(state[group.name]) for group in graph.groups}
+    written: State = {group.name: [] for group in graph.groups}
+    traced = {block.apply: jax.jit(block.apply) for block in graph.blocks}  # layers that share a function: traced once
+    for block, layer in zip(graph.blocks, params["blocks"], strict=True):
+        x_TD, new = traced[block.apply](layer, next(pages[block.group]), x_TD, run)
+        written[block.group].append(new)
+    return written, graph.head(params, x_TD[run.last_R])

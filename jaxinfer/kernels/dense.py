@@ -1,0 +1,51 @@
+"""Matmul, norms and rotary embedding: the ops between attention and attention.
+
+Axes: T tokens, I inputs, O outputs, N heads, H head width, D model width. Everything returns float32: the residual
+stream stays exact, and only the operands of a matmul are rounded to the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.kernels.op import Op
+
+
+def _matmul(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
+    """x @ w.T in float32; x is rounded to the weight's dtype first."""
+    return jax.lax.dot_general(x_TI.astype(w_OI.dtype), w_OI, (((1,), (1,)), ((), ())),
+                               preferred_element_type=jnp.float32)
+
+
+def _matmul_rows(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
+    """With one row XLA's CPU backend converts a whole bf16 weight on every call (80 ms where two rows take 6)."""
+    if x_TI.shape[0] > 1 or w_OI.dtype == jnp.float32:
+        return _matmul(x_TI, w_OI)
+    return _matmul(jnp.concatenate([x_TI, jnp.zeros_like(x_TI)]), w_OI)[:1]
+
+
+matmul = Op("matmul", reference=_matmul, fast={"two_rows": (("cpu",), _matmul_rows)})
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """Root-mean-square norm over the last axis, times `offset + weight` (Zhang and Sennrich, 2019)."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * (offset + weight.astype(jnp.float32))
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Layer norm over the last axis (Ba et al., 2016)."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    return x * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+def rope(x_TNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array:
+    """Rotary embedding (Su et al., 2021) of the first `cos_TH.shape[-1]` channels, halves paired as in GPT-NeoX."""
+    width = cos_TH.shape[-1]
+    turned, rest = x_TNH[..., :width], x_TNH[..., width:]
+    first, second = jnp.split(turned, 2, axis=-1)
+    turned = turned * cos_TH[:, None] + jnp.concatenate([-second, first], -1) * sin_TH[:, None]
+    return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned

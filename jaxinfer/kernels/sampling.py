@@ -1,0 +1,74 @@
+"""From logits to tokens, on the device, each row by its own rules.
+
+Axes: R rows, V vocabulary, S slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Draws(NamedTuple):
+    """How each row draws. float32: `temperature` (0 is greedy), `top_p` (1 is off), `min_p` (0 is off); int32:
+    `top_k` (0 is off), `count` (tokens the request has drawn before); uint32: `seed`.
+    """
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    seed: Any
+    count: Any
+
+
+def _order(x: jax.Array) -> jax.Array:
+    """float32 -> int32 of the same order, so that thresholds can be searched bit by bit."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _threshold(keys_V: jax.Array, enough) -> jax.Array:
+    """The largest key t for which `enough(keys_V >= t)`; found in 32 passes over V instead of a sort."""
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounds up and cannot overflow
+        ok = enough(keys_V >= middle)
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
+
+    limits = jnp.iinfo(jnp.int32)
+    return lax.fori_loop(0, 32, halve, (jnp.int32(limits.min), jnp.int32(limits.max)))[0]
+
+
+def _draw(logits_V: jax.Array, how: Draws) -> jax.Array:
+    """Gumbel-max over the tokens that top-k, then top-p, then min-p leave. Ties at a threshold all stay."""
+    scaled_V = logits_V / jnp.where(how.temperature > 0, how.temperature, 1)
+    keys_V = _order(scaled_V)
+    k = jnp.where(how.top_k > 0, how.top_k, logits_V.size)
+    keep_V = keys_V >= _threshold(keys_V, lambda above_V: above_V.sum(dtype=jnp.int32) >= k)
+    probs_V = jax.nn.softmax(jnp.where(keep_V, scaled_V, -jnp.inf))
+    mass = _threshold(keys_V, lambda above_V: jnp.where(above_V, probs_V, 0).sum() >= how.top_p)
+    keep_V &= (keys_V >= mass) | (how.top_p >= 1)
+    keep_V &= probs_V >= how.min_p * probs_V.max()
+    key = jax.random.fold_in(jax.random.key(how.seed), how.count)
+    drawn = jnp.argmax(jnp.where(keep_V, scaled_V + jax.random.gumbel(key, scaled_V.shape), -jnp.inf))
+    return jnp.where(how.temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
+
+
+def sample(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array, draws: Draws) -> tuple[jax.Array, jax.Array]:
+    """Draw one token per row and remember it in the row's slot: `(last_S, tokens_R)`.
+
+    A row whose slot is past the end of `last_S` is padding or still reading its prompt: nothing is remembered.
+    A request's draw depends on its seed and its count alone, never on its neighbours.
+    """
+    tokens_R = jax.vmap(_draw)(logits_RV, draws)
+    return last_S.at[slot_R].set(tokens_R, mode="drop"), tokens_R
+
+
+def sample_greedy(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`sample` for a step whose rows are all greedy: an argmax and nothing else."""
+    tokens_R = jnp.argmax(logits_RV, -1).astype(jnp.int32)
+    return last_S.at[slot_R].set(tokens_R, mode="drop"), tokens_R

@@ -1,0 +1,160 @@
+"""`load`: from a name or a path to a running language model."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer import compiler
+from jaxinfer.compiler import Executables, default_ladder
+from jaxinfer.errors import InvalidOption, UnsupportedModel
+from jaxinfer.frontend.architectures import DECODERS, architecture
+from jaxinfer.frontend.catalog import resolve
+from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
+from jaxinfer.frontend.tokenizer import from_directory
+from jaxinfer.frontend.weights import load_params
+from jaxinfer.graph import Graph, Leaf
+from jaxinfer.runtime import memory as planning
+from jaxinfer.runtime.delivery import Delivery
+from jaxinfer.runtime.engine import Engine
+from jaxinfer.runtime.language import LanguageModel
+from jaxinfer.scheduler import Scheduler
+
+DTYPES = ("float32", "bfloat16")
+MAX_CONTEXT, MAX_ROWS, SHARE = 4096, 32, 0.5
+
+
+def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
+         dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
+         memory: int | str | None = None, device: str | jax.Device | None = None) -> LanguageModel:
+    """Load a language model and start its engine.
+
+    `source`: a catalog name (`jaxinfer models`), a directory in Hugging Face layout, a .gguf file, or a hub id.
+    `graph`: a Graph of your own; or a function (or a module with `build`) that makes one from what the front end
+    made of the config: the Config of `jaxinfer.graphs.decoder` or `.gpt2`, or config.json's dict if it does not
+    know the architecture.
+    `dtype`: "float32" or "bfloat16" for weights and KV pages; by default float32 if the checkpoint is, else bfloat16.
+    `max_context`: the longest prompt and answer, in tokens; by default the model's own limit, at most 4,096.
+    `max_rows`: sequences that run at once. `memory`: bytes for weights, pages and temporaries, as a number or a text
+    such as "8GiB"; by default at most half of what is free. KV pages are made for `max_rows` full contexts if they
+    fit, and fewer otherwise. `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a
+    `jax.Device`; by default JAX's first.
+
+    Raises ModelNotFound, DownloadFailed, CorruptFile, UnsupportedModel, CheckpointMismatch (all problems of the
+    weights at once), InvalidOption, OutOfMemory.
+    """
+    start = time.perf_counter()
+    if type(max_rows) is not int or not 1 <= max_rows <= 4096:
+        raise InvalidOption(f"max_rows is {max_rows!r}; it must be an integer from 1 to 4096")
+    if dtype is not None and str(dtype) not in DTYPES:
+        raise InvalidOption(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if max_context is not None and (type(max_context) is not int or max_context < 2):
+        raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
+    budget = planning.parse_bytes(memory) if memory is not None else None
+    checkpoint = open_checkpoint(resolve(source))
+    compiler.enable()
+    place = _device(device)
+    config, model = _model(checkpoint, graph, max_context)
+    context = min(max_context or MAX_CONTEXT, model.max_context)
+    number = _dtype(checkpoint, dtype)
+    ladder = default_ladder(max_rows, context)
+    chunk = ladder.prompt[-1]
+    why = f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {place}"
+    groups = planning.page_groups(
+        model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
+        budget=budget or int(SHARE * planning.available(place)), why=why,
+    )
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.exact else number), model.spec,
+        is_leaf=lambda x: isinstance(x, Leaf),
+    )
+    executables = Executables(
+        model, ladder, params=shapes, state=planning.abstract_state(model, groups, number), max_rows=max_rows,
+        table_width={group.name: -(-context // group.page_size) for group in groups}, device=place,
+    )
+    try:
+        # The first prompt and the first decode step compile while the weights are read.
+        executables.prepare(ladder.buckets[0], ladder.fit(1, 1))
+        tokenizer = _tokenizer(checkpoint)
+        params = load_params(model, checkpoint.tensors, dtype=number, source=checkpoint.source,
+                             put=partial(jax.device_put, device=place))
+    except BaseException:
+        executables.close()
+        raise
+    scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk)
+    delivery = Delivery(tokenizer)
+    engine = Engine(executables, scheduler, params, partial(planning.empty_state, model, groups, number, place),
+                    delivery.tell, place)
+    return LanguageModel(model, tokenizer, engine, delivery, config=config, eos=_eos(checkpoint, tokenizer),
+                         max_context=context, load_seconds=time.perf_counter() - start)
+
+
+def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple[Any, Graph]:
+    """The config and the Graph. The architecture's default context is cut to ours before RoPE factors are fixed."""
+    known = checkpoint.config.get("model_type") in (*DECODERS, "gpt2")
+    if graph is None or known:
+        found = architecture(checkpoint.config, max_context=max_context, source=checkpoint.source)
+        if max_context is None and found.config.max_context > MAX_CONTEXT:
+            found = architecture(checkpoint.config, max_context=MAX_CONTEXT, source=checkpoint.source)
+        config, build = found
+    else:
+        config, build = checkpoint.config, None
+    if isinstance(graph, Graph):
+        return config, graph
+    build = graph if graph is not None else build
+    build = getattr(build, "build", build)
+    if not callable(build):
+        raise InvalidOption(f"graph is a {type(graph).__name__}; it must be a Graph, or a function that makes one "
+                            "from a config, or a module with such a function named build")
+    model = build(config)
+    if not isinstance(model, Graph):
+        raise InvalidOption(f"graph made a {type(model).__name__} from the config; it must return a jaxinfer.Graph")
+    return config, model
+
+
+def _dtype(checkpoint: Checkpoint, dtype: str | None) -> Any:
+    if dtype is not None:
+        return jnp.dtype(str(dtype))
+    matrices = [t for t in checkpoint.tensors.values() if len(t.shape) > 1]
+    exact = all(t.dtype == jnp.float32 and t.nbytes == 4 * math.prod(t.shape) for t in matrices)  # on disk as well
+    return jnp.dtype("float32" if exact else "bfloat16")
+
+
+def _device(device: str | jax.Device | None) -> jax.Device:
+    if device is None:
+        return jax.devices()[0]
+    if isinstance(device, jax.Device):
+        return device
+    kind, _, index = str(device).partition(":")
+    try:
+        return jax.devices(kind)[int(index or 0)]
+    except (RuntimeError, IndexError, ValueError):
+        present = ", ".join(sorted({f"{d.platform}:{d.id}" for d in jax.devices()} | {"cpu"}))
+        raise InvalidOption(f"device is {device!r}; present here: {present}") from None
+
+
+def _tokenizer(checkpoint: Checkpoint):
+    if checkpoint.directory is not None:
+        return from_directory(checkpoint.directory)
+    if checkpoint.gguf is None:
+        raise UnsupportedModel(f"{checkpoint.source} has no tokenizer")
+    from jaxinfer.frontend.gguf_tokenizer import from_gguf
+
+    return from_gguf(checkpoint.gguf)
+
+
+def _eos(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: the generation config's word, then the config's, then the tokenizer's."""
+    for config in (checkpoint.generation, checkpoint.config):
+        ids = config.get("eos_token_id")
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids]) | tokenizer.eos_ids
+    return tokenizer.eos_ids

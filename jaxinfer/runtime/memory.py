@@ -1,0 +1,120 @@
+"""How much memory a model gets, decided before anything is loaded; and the device's pages."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.errors import InvalidOption, OutOfMemory
+from jaxinfer.graph import Graph, Leaf, Pages, State
+from jaxinfer.kernels import init_pages
+from jaxinfer.scheduler import PageGroup
+
+PAGE_SIZE = 64
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes from an integer or a text such as "8GiB", "500 MB".
+
+    >>> parse_bytes("1.5GiB")
+    1610612736
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]i?)?B?\s*", size) if isinstance(size, str) else None
+    try:
+        assert match
+        return int(float(match[1]) * UNITS[match[2] or ""])
+    except (AssertionError, ValueError):
+        raise InvalidOption(f"memory is {size!r}; it must be a number of bytes > 0, or a text such as '8GiB'") from None
+
+
+def available(device: jax.Device) -> int:
+    """Bytes that are free for us now: the device's own, or the host's for the CPU."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+        if limit.exists() and limit.read_text().strip() != "max":
+            free = min(free, int(limit.read_text()) - int(used.read_text()))
+        return free
+    except (OSError, StopIteration):
+        return 4 * 2**30  # no /proc here: stay small
+
+
+def nbytes(spec: Any, dtype: Any) -> int:
+    """Bytes of the weights of a spec, in `dtype` but for the exact leaves."""
+    leaves = jax.tree.leaves(spec, is_leaf=lambda x: isinstance(x, Leaf))
+    return sum(int(np.prod(leaf.shape)) * (4 if leaf.exact else jnp.dtype(dtype).itemsize) for leaf in leaves)
+
+
+def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
+    """An upper estimate of a step's temporaries: a chunk's widest activations, and logits while they are sampled."""
+    leaves = jax.tree.leaves(graph.spec["blocks"], is_leaf=lambda x: isinstance(x, Leaf))
+    widest = max(max(leaf.shape) for leaf in leaves)
+    return 4 * (4 * chunk * widest + 4 * max_rows * graph.vocab)
+
+
+def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, budget: int,
+                why: str) -> tuple[PageGroup, ...]:
+    """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights.
+
+    Raises OutOfMemory, with the numbers, when not even one sequence of `max_context` tokens fits. `why` says where
+    the budget came from.
+    """
+    weights, scratch = nbytes(graph.spec, dtype), temporaries(graph, chunk, max_rows)
+    one, page_bytes = {}, {}
+    for group in graph.groups:
+        full = PageGroup(group.name, PAGE_SIZE, 0, group.window)
+        start = max(0, max_context - chunk)
+        slack = group.window is not None
+        one[group.name] = max(full.need(start, max_context), full.need(0, min(chunk, max_context))) + slack + 1
+        numbers = 2 * group.layers * PAGE_SIZE * group.kv_heads * group.head_width
+        page_bytes[group.name] = numbers * jnp.dtype(dtype).itemsize
+    per_row = sum(one[name] * page_bytes[name] for name in one)
+    rows = min(max_rows, (budget - weights - scratch) / per_row)
+    if rows < 1:
+        mib = lambda n: f"{n / 2**20:,.0f} MiB"
+        raise OutOfMemory(
+            f"{graph.name} needs {mib(weights)} for weights, {mib(scratch)} for temporaries and {mib(per_row)} for the "
+            f"pages of one context of {max_context} tokens: {mib(weights + scratch + per_row)}, but {why} is "
+            f"{mib(budget)}; nothing was loaded. It would fit with "
+            f"memory='{(weights + scratch + per_row) / 2**20 + 1:.0f}MiB', a smaller max_context, fewer max_rows, or a "
+            "smaller dtype."
+        )
+    return tuple(PageGroup(g.name, PAGE_SIZE, int(rows * one[g.name]), g.window) for g in graph.groups)
+
+
+def empty_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any, device: jax.Device) -> State:
+    """The device's pages. On the CPU they alias fresh mappings, which take memory only as they are written."""
+    def pages(group, size):
+        if device.platform != "cpu":
+            with jax.default_device(device):
+                return init_pages(size, PAGE_SIZE, group.kv_heads, group.head_width, dtype)
+        abstract = jax.eval_shape(lambda: init_pages(size, PAGE_SIZE, group.kv_heads, group.head_width, dtype))
+        return Pages(*(jax.device_put(_mapped(x.shape, x.dtype), device) for x in abstract))
+
+    return {g.name: [pages(g, p.pages) for _ in range(g.layers)] for g, p in zip(graph.groups, groups, strict=True)}
+
+
+def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any) -> State:
+    """The shapes of `empty_state`."""
+    def pages(g, p):
+        return jax.eval_shape(lambda: init_pages(p.pages, PAGE_SIZE, g.kv_heads, g.head_width, dtype))
+
+    return {g.name: [pages(g, p)] * g.layers for g, p in zip(graph.groups, groups, strict=True)}
+
+
+def _mapped(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=dtype, count=int(np.prod(shape))).reshape(shape)
