@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -188,29 +188,27 @@ def _questions() -> Iterator[str]:
             yield question
 
 
-def _print_as_it_comes(pieces: Iterable[Piece], said: list[str] | None = None) -> Output | None:
+def _print_as_it_comes(stream: Any, said: list[str] | None = None) -> Output:
     """Print a stream and return its Output. `said` receives each text, for a caller that is interrupted."""
-    output = None
-    pieces = iter(pieces)
-    with shown():  # the first piece may wait for a compile; the bars must be gone when text begins
-        piece = next(pieces, None)
-    while piece is not None:
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-        if said is not None:
-            said.append(piece.text)
-        output = piece.output or output
-        piece = next(pieces, None)
-    typer.echo()
-    return output
+    with closing(stream) as pieces:  # Ctrl-C cancels the request
+        with shown():  # the first piece may wait for a compile; the bars must be gone when text begins
+            piece: Piece = next(pieces)
+        while True:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            if said is not None:
+                said.append(piece.text)
+            if piece.output is not None:
+                typer.echo()
+                return piece.output
+            piece = next(pieces)
 
 
-def _closing_line(lm: LanguageModel, output: Output | None) -> str:
-    parts = [f"load {lm.timings['load_seconds']:.2f} s", f"compile {lm.timings['compile_seconds']:.2f} s"]
-    if output:
-        parts += [f"first token {output.timings.first_token:.2f} s",
-                  f"{output.timings.tokens_per_second:.1f} tokens/s"]
-    return " · ".join([*parts, f"peak memory {_peak_memory()}"])
+def _closing_line(lm: LanguageModel, output: Output) -> str:
+    model, answer = lm.timings, output.timings
+    return (f"load {model['load_seconds']:.2f} s · compile {model['compile_seconds']:.2f} s · "
+            f"first token {answer.first_token:.2f} s · {answer.tokens_per_second:.1f} tokens/s · "
+            f"peak memory {_peak_memory()}")
 
 
 def _peak_memory() -> str:

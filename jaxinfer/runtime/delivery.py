@@ -13,7 +13,7 @@ from jaxinfer.frontend.tokenizer import TextStream, Tokenizer
 from jaxinfer.request import FinishReason, Output, Piece, Sequence, Timings
 from jaxinfer.runtime.engine import News
 
-Deliver = Callable[[Piece | BaseException], None]
+Deliver = Callable[[Piece | BaseException], object]
 
 
 @dataclass

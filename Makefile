@@ -1,0 +1,72 @@
+# Every target is one command on a machine with Python >= 3.11, pip and make; it sets up what it needs first.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint types test-fast test-parity test-tpu test-doctests test-notebooks test-long bench clean
+
+JOBS ?= 2
+# .venv has JAX for the CPU. Without this, an installed libtpu makes JAX look for a TPU, noisily.
+export JAX_PLATFORMS ?= cpu
+
+BIN := .venv/bin
+PEERS := .venv-peers/bin
+comma := ,
+# libtpu compiles for TPUs on any Linux x86-64 machine, and exists nowhere else.
+ON_LINUX := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
+EXTRAS := [test,notebook$(if $(ON_LINUX),$(comma)tpu)]
+# One compile cache for all test processes: a shape that one has compiled, the others read.
+TEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
+# What else must hold on the oldest Python and JAX, beside parity.
+OLDEST := test_house test_cli test_catalog test_graph test_kernels test_sampling test_scheduler test_engine
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
+
+demo: .venv/.demo ## ask a small model a question, from nothing
+	$(BIN)/jaxinfer run smollm2-135m "Why is the sky blue?" --chat --stats
+
+test: .venv/.test .venv-peers/.test ## everything that CI runs
+	@.ci/stages lint types test-fast test-parity $(if $(ON_LINUX),test-tpu) test-doctests test-notebooks
+
+lint: .venv/.test ## ruff
+	$(BIN)/ruff check .
+
+types: .venv/.test ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test-fast: .venv/.test ## tests on the newest Python and JAX, without peers
+	$(TEST) $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu and not long" \
+	  --ignore=tests/parity --ignore=tests/test_notebooks.py
+
+test-parity: .venv-peers/.test ## comparisons with transformers, and the core tests on the oldest Python and JAX
+	$(TEST) $(PEERS)/pytest -n $(JOBS) -m "not tpu and not long" \
+	  tests/parity $(wildcard $(OLDEST:%=tests/%.py))
+
+test-tpu: .venv/.test ## compile for TPU without one; one process, libtpu's lock allows no more
+	$(TEST) $(BIN)/pytest -m "tpu and not long" --ignore=tests/parity
+
+test-doctests: .venv/.test ## the examples in docstrings
+	$(TEST) $(BIN)/pytest --doctest-modules --pyargs jaxinfer jaxinfer.graphs
+
+test-notebooks: .venv/.test ## execute every notebook
+	$(TEST) $(BIN)/pytest tests/test_notebooks.py
+
+test-long: .venv/.test ## property tests with thousands of examples
+	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest -n $(JOBS) -m long --ignore=tests/parity
+
+bench: .venv-peers/.test ## our speed beside our peers'
+	@for file in bench/*.py; do echo "=== $$file"; $(PEERS)/python $$file || exit 1; done
+
+clean: ## remove environments and caches, not downloaded models
+	rm -rf .venv .venv-peers .cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/.demo: pyproject.toml .ci/env
+	@.ci/env .venv main ""
+	@touch $@
+
+.venv/.test: pyproject.toml .ci/env
+	@.ci/env .venv main "$(EXTRAS)"
+	@touch .venv/.demo $@
+
+.venv-peers/.test: pyproject.toml .ci/env
+	@.ci/env .venv-peers peers "[peers,test]"
+	@touch $@

@@ -1,0 +1,405 @@
+"""The engine's promises, end to end, on tiny random models (DESIGN.md, promises 1 to 4, and what a user relies on)."""
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jaxinfer as ji
+from jaxinfer import events
+from jaxinfer.compiler import Bucket
+from jaxinfer.errors import Closed, InvalidOption, InvalidRequest, OutOfMemory, StepFailed, UnsupportedModel
+from jaxinfer.graph import Run, forward
+from jaxinfer.graphs import decoder
+from jaxinfer.kernels import init_pages, tracing
+from jaxinfer.runtime import memory as planning
+
+PROMPTS = ["The sky is blue because", "Once upon a time", "x", "w1 w2 w3 w4 w5 w6 w7", "Привет, мир! 你好", "a" * 80]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_path):
+    with ji.load(tiny_path, max_context=1024, max_rows=8) as lm:
+        yield lm
+
+
+@pytest.fixture(scope="module")
+def windowed(windowed_path):
+    with ji.load(windowed_path, max_context=1024, max_rows=8) as lm:
+        yield lm
+
+
+@pytest.fixture(autouse=True)
+def pages_are_conserved(request):
+    """Promise 4: after every test of this file all pages of both models are free."""
+    yield
+    for name in {"lm", "windowed"} & set(request.fixturenames):
+        model = request.getfixturevalue(name)
+        assert eventually(lambda model=model: all_free(model)), "pages leaked"
+
+
+def all_free(lm):
+    scheduler = lm._engine.scheduler
+    return not scheduler.sequences and all(pool.free == pool.size for pool in scheduler.pools.values())
+
+
+def eventually(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def plainly(lm, prompt, count):
+    """Greedy decoding as the textbook has it: the whole text is read anew for every token, by the reference ops,
+    in one row with pages in order. Returns tokens and the smallest gap between the two best logits."""
+    width = 144
+    pages = {g.name: [init_pages(1, width, g.kv_heads, g.head_width, jnp.float32)] * g.layers for g in lm.graph.groups}
+    tables = {g.name: np.zeros((1, 1), np.int32) for g in lm.graph.groups}
+    tokens, gap = list(lm.tokenizer.encode(prompt)), np.inf
+    start = len(tokens)
+
+    @jax.jit
+    def read(tokens_T, length):
+        run = Run(tokens_T, jnp.stack([0 * length, length]), length[None], jnp.zeros(1, jnp.int32), tables, width)
+        return forward(lm.graph, lm.params, pages, jnp.zeros(1, jnp.int32), run)[1][0]
+
+    with tracing("cpu", forced={"attend": "reference", "matmul": "reference"}):
+        for _ in range(count):
+            assert len(tokens) <= width
+            row = np.zeros(width, np.int32)
+            row[: len(tokens)] = tokens
+            logits_V = np.asarray(read(row, np.int32(len(tokens))))
+            tokens.append(int(np.argmax(logits_V)))
+            second, best = np.sort(logits_V)[-2:]
+            gap = min(gap, best - second)
+            if tokens[-1] == 1:
+                break
+    return tuple(tokens[start:]), gap
+
+
+@pytest.mark.parametrize("model", ["lm", "windowed"])
+def test_greedy_tokens_are_those_of_plain_decoding_alone_and_in_a_batch(model, request):
+    lm = request.getfixturevalue(model)
+    expected = [plainly(lm, prompt, 40) for prompt in PROMPTS]
+    assert min(gap for _, gap in expected) > 1e-4, "the prompts prove nothing if the two best logits are equal"
+    together = lm.generate(PROMPTS, max_tokens=40)
+    assert [o.tokens for o in together] == [tokens for tokens, _ in expected]
+    assert [lm(prompt, max_tokens=40).tokens for prompt in PROMPTS[:2]] == [tokens for tokens, _ in expected[:2]]
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_neighbours_and_order_of_arrival_change_no_token(windowed, data):
+    cases = st.tuples(st.sampled_from(PROMPTS), st.integers(1, 24), st.sampled_from([0.0, 0.9]), st.integers(0, 9))
+    asked = data.draw(st.lists(cases, min_size=1, max_size=10))
+    sampling = [ji.Sampling(max_tokens=n, temperature=t, seed=s, top_p=0.95) for _, n, t, s in asked]
+    outputs = windowed.generate([prompt for prompt, *_ in asked], sampling)
+    for (prompt, *_), how, output in zip(asked, sampling, outputs, strict=True):
+        assert windowed(prompt, how).tokens == output.tokens
+
+
+def test_a_prompt_of_several_chunks_reads_as_one(windowed):
+    prompt = np.random.default_rng(0).integers(4, 320, 900).tolist()
+    whole = windowed(prompt, max_tokens=8).tokens
+    halves = windowed.generate([prompt, *PROMPTS], max_tokens=8)[0].tokens
+    assert whole == halves and len(whole) == 8
+
+
+def test_junk_in_unwritten_memory_changes_no_bit(tiny_path, lm):
+    expected = [o.tokens for o in lm.generate(PROMPTS, max_tokens=30)]
+    with ji.load(tiny_path, max_context=1024, max_rows=8) as poisoned:
+        engine = poisoned._engine
+        engine.state = jax.tree.map(lambda page: jnp.full_like(page, jnp.nan), engine.state)
+        assert [o.tokens for o in poisoned.generate(PROMPTS, max_tokens=30)] == expected
+
+
+def test_a_preempted_sequence_resumes_with_the_same_tokens(windowed_path, windowed):
+    expected = [o.tokens for o in windowed.generate(PROMPTS, max_tokens=150)]
+    graph = windowed.graph
+    need = dict(dtype=jnp.float32, max_context=1024, max_rows=8, chunk=512, why="")
+    full = planning.page_groups(graph, budget=2**33, **need)
+    per_row = sum(2 * g.layers * p.pages // 8 * 64 * g.kv_heads * g.head_width * 4
+                  for g, p in zip(graph.groups, full, strict=True))
+    least = planning.nbytes(graph.spec, jnp.float32) + planning.temporaries(graph, 512, 8) + per_row
+    with ji.load(windowed_path, max_context=1024, max_rows=8, memory=least + per_row // 8) as tight:
+        assert [o.tokens for o in tight.generate(PROMPTS * 2, max_tokens=150)] == expected * 2
+        assert tight._engine.scheduler.preempted > 0, "there was memory for all: nothing was tested"
+        assert all_free(tight)
+
+
+def test_a_stream_says_what_the_whole_answer_says(lm):
+    whole = lm("Once upon a time", max_tokens=40)
+    pieces = list(lm.stream("Once upon a time", max_tokens=40))
+    assert "".join(p.text for p in pieces) == whole.text == lm.tokenizer.decode(whole.tokens)
+    assert sum((p.tokens for p in pieces), ()) == whole.tokens
+    assert pieces[-1].output == replace(whole, timings=pieces[-1].output.timings)
+    assert [p.output is None for p in pieces] == [True] * (len(pieces) - 1) + [False]
+
+
+def test_a_stop_string_ends_the_text_and_never_shows(lm):
+    whole = lm("Once upon a time", max_tokens=60).text
+    stop = whole[20:24]
+    cut = whole[: whole.index(stop)]
+    pieces = list(lm.stream("Once upon a time", max_tokens=60, stop=[stop, "never there"]))
+    assert "".join(p.text for p in pieces) == cut and pieces[-1].output.text == cut
+    assert pieces[-1].output.finish_reason == "stop"
+
+
+def test_a_stop_token_ends_the_answer(lm):
+    whole = lm("Once upon a time", max_tokens=40)
+    assert whole.finish_reason == "length" and len(whole.tokens) == 40
+    token = whole.tokens[10]
+    stopped = lm("Once upon a time", max_tokens=40, stop_tokens=[token])
+    assert stopped.finish_reason == "stop" and stopped.tokens == whole.tokens[: whole.tokens.index(token) + 1]
+
+
+def test_a_seed_repeats_a_draw_and_no_seed_does_not(lm):
+    ask = lambda **options: lm("Once", max_tokens=30, temperature=1.0, **options).tokens
+    assert ask(seed=7) == ask(seed=7) != ask(seed=8)
+    assert ask() != ask()
+
+
+def test_an_answer_ends_where_the_context_does(lm):
+    output = lm([5] * 1000, max_tokens=500)
+    assert len(output.tokens) == 24 and output.finish_reason == "length"
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), [
+    ("", {}, "prompt is empty"),
+    ([], {}, "prompt is empty"),
+    ([5] * 1024, {}, "prompt has 1024 tokens; at most 1023 fit"),
+    ([320], {}, "token id 320; this model's are 0 to 319"),
+    (3.5, {}, "prompt is a float"),
+    ("x", {"temperature": -1}, "temperature is -1"),
+    ("x", {"max_tokens": 0}, "max_tokens is 0"),
+    ("x", {"tempreature": 1}, "unknown sampling options"),
+])
+def test_bad_requests_are_refused_before_they_are_queued(lm, prompt, options, message):
+    for ask in (lm, lm.stream, lambda *a, **k: asyncio.run(lm.agenerate(*a, **k))):
+        with pytest.raises(InvalidRequest, match=message):
+            ask(prompt, **options)
+    with pytest.raises(InvalidRequest, match=message):
+        lm.generate(["fine", prompt], **options)
+
+
+def test_as_many_samplings_as_prompts(lm):
+    with pytest.raises(InvalidRequest, match="2 samplings were given for 1 prompts"):
+        lm.generate(["x"], [ji.Sampling(), ji.Sampling()])
+
+
+def test_chat_follows_the_template(lm):
+    rendered = lm.tokenizer.encode("<|user|>Hi</s><|assistant|>", add_special=False)
+    output = lm.chat("Hi", max_tokens=5)
+    assert output.prompt_tokens == tuple(rendered)
+    assert list(lm.chat([{"role": "user", "content": "Hi"}], stream=True, max_tokens=5))[-1].output.tokens == output.tokens
+
+
+def test_closing_a_stream_cancels_it_even_before_its_first_piece(lm):
+    stream = lm.stream("x", max_tokens=900)
+    next(stream)
+    stream.close()
+    lm.stream("x", max_tokens=900)
+    gc.collect()
+    assert eventually(lambda: all_free(lm))
+
+
+def test_ctrl_c_during_a_stream_leaks_no_page(lm):
+    with pytest.raises(KeyboardInterrupt):
+        for i, _ in enumerate(lm.stream("x", max_tokens=1000)):
+            if i == 3:
+                threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+                time.sleep(5)
+    assert eventually(lambda: all_free(lm))
+    assert len(lm("x", max_tokens=5).tokens) == 5
+
+
+def test_cancelling_a_task_cancels_its_request(lm):
+    async def main():
+        async with asyncio.TaskGroup() as group:
+            slow = group.create_task(lm.agenerate("x", max_tokens=1000))
+            fast = group.create_task(lm.agenerate("Once", max_tokens=10))
+            await fast
+            slow.cancel()
+        return fast.result()
+
+    assert asyncio.run(main()).tokens == lm("Once", max_tokens=10).tokens
+    assert eventually(lambda: all_free(lm))
+
+
+def test_threads_share_one_model(lm):
+    expected, found = [lm(p, max_tokens=12).tokens for p in PROMPTS], {}
+    ask = lambda i: found.setdefault(i, lm(PROMPTS[i % len(PROMPTS)], max_tokens=12).tokens)
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {i: expected[i % len(PROMPTS)] for i in range(24)}
+
+
+def test_after_warmup_nothing_compiles(lm):
+    lm.warmup()
+    seen = []
+    with events.observe(seen.append):
+        lm.generate(PROMPTS * 2, [ji.Sampling(temperature=i % 2 * 0.7, max_tokens=5 + i) for i in range(12)])
+        lm([5] * 700, max_tokens=3)
+    assert not [e for e in seen if isinstance(e, events.Compiling | events.Missed)]
+    assert sum(e.name.startswith("forward") for e in lm.ledger) <= 16
+    assert len([e for e in seen if isinstance(e, events.RequestEnded)]) == 13
+
+
+def test_a_missing_bucket_borrows_a_larger_one_and_says_why(tiny_path):
+    with ji.load(tiny_path, max_context=256, max_rows=4) as lm:
+        executables, seen = lm._engine.executables, []
+        executables.warmup([Bucket(32, 1, 32), Bucket(1, 4, 4)])
+        compiling = threading.Event()
+        slow, executables._compile = executables._compile, lambda *a: (compiling.wait(20), slow(*a))[1]
+        with events.observe(seen.append):
+            outputs = lm.generate(["x", "y"], max_tokens=6)
+            missed = [e for e in seen if isinstance(e, events.Missed)]
+            assert missed and missed[0].ran_on == "T=4,R=4" and "run.kv_lens_R [2]" in missed[0].why
+            assert "ran on T=4,R=4" in executables.ledger["forward[T=2,R=2]"].missed
+            compiling.set()
+            assert eventually(lambda: executables.ledger["forward[T=2,R=2]"].origin != "listed", 60)
+        assert [o.tokens for o in lm.generate(["x", "y"], max_tokens=6)] == [o.tokens for o in outputs]
+
+
+def test_a_failed_step_is_repeated_once_with_the_same_tokens(lm):
+    expected = [o.tokens for o in lm.generate(PROMPTS, max_tokens=20)]
+    executables, calls = lm._engine.executables, []
+    real = executables.forward
+
+    def fails_at(*counts):
+        calls.clear()
+
+        def forward(bucket, tokens):
+            found = real(bucket, tokens)
+            calls.append(bucket)
+            if len(calls) not in counts:
+                return found
+
+            def broken(params, state, last_S, run):
+                jax.tree.map(lambda page: page.delete(), state)
+                raise RuntimeError("the device is on fire")
+
+            return broken
+
+        executables.forward = forward
+
+    try:
+        fails_at(9)
+        assert [o.tokens for o in lm.generate(PROMPTS, max_tokens=20)] == expected
+        fails_at(3, 4)
+        with pytest.raises(StepFailed, match="the device is on fire"):
+            lm(PROMPTS[0], max_tokens=20)
+    finally:
+        executables.forward = real
+    assert lm(PROMPTS[0], max_tokens=20).tokens == expected[0]
+
+
+def test_a_failing_detokeniser_fails_its_own_request_only(lm):
+    class Broken:
+        def push(self, token):
+            raise UnicodeError("what is this?")
+
+    stream, expected = lm.stream("x", max_tokens=900), lm("Once", max_tokens=10).tokens
+    ticket = next(iter(lm._delivery._tickets.values()))
+    ticket.text = Broken()
+    with pytest.raises(UnicodeError, match="what is this"):
+        list(stream)
+    assert lm("Once", max_tokens=10).tokens == expected
+
+
+def test_a_graph_of_ones_own_runs_in_the_same_engine(tiny_path, lm):
+    def louder(config):
+        graph = decoder.build(config)
+        last = graph.blocks[-1]
+
+        def apply(params, pages, x_TD, run):
+            y_TD, pages = last.apply(params, pages, x_TD, run)
+            return x_TD + 0 * y_TD, pages  # the last layer adds nothing
+
+        return replace(graph, blocks=(*graph.blocks[:-1], replace(last, apply=apply)))
+
+    with ji.load(tiny_path, graph=louder, max_context=256, max_rows=2) as mine:
+        expected, gap = plainly(mine, "Once", 12)
+        assert gap > 1e-4 and mine("Once", max_tokens=12).tokens == expected
+        assert mine("Once", max_tokens=12).tokens != lm("Once", max_tokens=12).tokens
+    with ji.load(tiny_path, graph=decoder, max_context=256, max_rows=2) as same:
+        assert same("Once", max_tokens=12).tokens == lm("Once", max_tokens=12).tokens
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"dtype": "float8"}, InvalidOption, "dtype is 'float8'"),
+    ({"max_rows": 0}, InvalidOption, "max_rows is 0"),
+    ({"max_context": 1}, InvalidOption, "max_context is 1"),
+    ({"max_context": 4096}, InvalidOption, "limit is 2048"),
+    ({"memory": "lots"}, InvalidOption, "memory is 'lots'"),
+    ({"device": "abacus"}, InvalidOption, "device is 'abacus'; present here: cpu"),
+    ({"graph": 3}, InvalidOption, "graph is a int"),
+    ({"graph": lambda config: config}, InvalidOption, "graph made a Config"),
+    ({"memory": "1MiB"}, OutOfMemory, "MiB for weights.*memory='1MiB' is 1 MiB"),
+])
+def test_bad_options_are_refused_before_anything_is_loaded(tiny_path, options, error, message):
+    with pytest.raises(error, match=message):
+        ji.load(tiny_path, **options)
+
+
+def test_an_unknown_architecture_is_named(tiny_path, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(tiny_path / name)
+    with pytest.raises(UnsupportedModel, match="mamba9"):
+        ji.load(tmp_path)
+
+
+def test_closing_fails_what_runs_and_refuses_what_comes(tiny_path):
+    lm = ji.load(tiny_path, max_context=1024, max_rows=2)
+    stream = lm.stream("x", max_tokens=1000)
+    next(stream)
+    lm.close()
+    with pytest.raises(Closed):
+        list(stream)
+    for refused in (lambda: lm("x"), lm.warmup, lambda: lm.generate(["x"])):
+        with pytest.raises(Closed):
+            refused()
+    lm.close()
+
+
+def test_exit_with_requests_in_flight_does_not_hang(tiny_path):
+    script = f"""
+import jaxinfer as ji
+lm = ji.load({str(tiny_path)!r}, max_context=1024, max_rows=2)
+stream = lm.stream("x", max_tokens=1000)
+next(stream)
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=90, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ten_models_loaded_and_closed_leave_nothing_behind(tiny_path):
+    def once():
+        with ji.load(tiny_path, max_context=256, max_rows=2) as lm:
+            lm("x", max_tokens=3)
+
+    once()
+    gc.collect()
+    threads, arrays = threading.active_count(), sum(a.nbytes for a in jax.live_arrays())
+    for _ in range(10):
+        once()
+    gc.collect()
+    assert threading.active_count() <= threads
+    assert sum(a.nbytes for a in jax.live_arrays()) <= arrays + 1000

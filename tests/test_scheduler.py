@@ -1,0 +1,257 @@
+"""The scheduler on a make-believe device whose pages can be looked into: whatever happens to the others, and however
+often a sequence loses its pages, each one draws what it would have drawn alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jaxinfer.request import Sampling, Sequence
+from jaxinfer.scheduler import PageGroup, Plan, Row, Scheduler
+from tests.strategies import houses
+
+VOCAB = 1_000_000  # so many that two sequences hardly ever agree by accident
+
+
+def model(*visible: list[tuple[int, int]]) -> int:
+    """The next token: a hash of all (position, token) that each state group shows to the last token."""
+    return int.from_bytes(hashlib.blake2b(repr(visible).encode(), digest_size=8).digest()) % VOCAB
+
+
+def shown(group: PageGroup, position: int) -> range:
+    """The positions that a token at `position` sees."""
+    return range(0 if group.window is None else max(0, position - group.window + 1), position + 1)
+
+
+def alone(groups: tuple[PageGroup, ...], prompt: list[int], max_tokens: int) -> list[int]:
+    """The prompt and what the model makes of it, undisturbed."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        tokens.append(model(*([(q, tokens[q]) for q in shown(group, len(tokens) - 1)] for group in groups)))
+    return tokens
+
+
+class Device:
+    """Obeys plans as the real one does: tables per slot, kept up with what each plan says is new; pages that keep
+    what was last written to them; the last token drawn in each slot."""
+
+    def __init__(self, groups: tuple[PageGroup, ...], max_rows: int):
+        self.groups, self.max_rows = groups, max_rows
+        self.tables = {group.name: [{} for _ in range(max_rows)] for group in groups}
+        self.lose_everything()
+
+    def lose_everything(self):
+        self.pages = {group.name: [[None] * group.page_size for _ in range(group.pages)] for group in self.groups}
+        self.last = [None] * self.max_rows
+
+    def page(self, group: PageGroup, slot: int, position: int) -> int:
+        return self.tables[group.name][slot][position // group.page_size]
+
+    def run(self, plan: Plan, expected: dict[int, list[int]]) -> list[int]:
+        """Write every row's tokens, then read. Raises AssertionError if a row cannot see all of its window, and
+        nothing else, there; or if it looks at a page that another row of this plan writes."""
+        for row in plan.rows:
+            for name, new in row.pages.items():
+                self.tables[name][row.slot].update(new)
+        writer = self._write(plan)
+        return [self._read(row, writer, expected[row.sequence]) for row in plan.rows]
+
+    def _write(self, plan: Plan) -> dict[tuple[str, int], int]:
+        writer = {}
+        for row in plan.rows:
+            for position, token in enumerate(row.tokens, row.start):
+                token = self.last[row.slot] if token < 0 else token
+                for group in self.groups:
+                    page = self.page(group, row.slot, position)
+                    assert writer.setdefault((group.name, page), row.sequence) == row.sequence
+                    self.pages[group.name][page][position % group.page_size] = (position, token)
+        return writer
+
+    def _read(self, row: Row, writer: dict, expected: list[int]) -> int:
+        for position in range(row.start, row.start + len(row.tokens)):
+            visible = []
+            for group in self.groups:
+                pages = [self.page(group, row.slot, q) for q in shown(group, position)]
+                assert {writer.get((group.name, page), row.sequence) for page in pages} == {row.sequence}
+                slots = zip(pages, shown(group, position), strict=True)
+                visible.append([self.pages[group.name][page][q % group.page_size] for page, q in slots])
+                assert visible[-1] == [(q, expected[q]) for q in shown(group, position)]
+        token = model(*visible)
+        if row.draws:
+            self.last[row.slot] = token
+        return token
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Requests come, are cancelled and lose their device, in any order, on an engine that dispatches a step before
+    it reads back the last."""
+
+    @initialize(house=houses())
+    def open(self, house):
+        self.groups = house.groups
+        self.scheduler = Scheduler(house.groups, max_rows=house.max_rows, chunk=house.chunk)
+        self.device = Device(house.groups, house.max_rows)
+        self.flying: tuple[Plan, list[int]] | None = None
+        self.all: list[Sequence] = []
+        self.expected: dict[int, list[int]] = {}
+        self.ended: dict[int, str] = {}
+        self.begun: set[int] = set()
+        self.waited: dict[int, int] = {}
+        self.steps = 0
+
+    # What happens.
+
+    @rule(prompt=st.integers(1, 16), max_tokens=st.integers(1, 12), stop_at=st.integers(0, 30))
+    def submit(self, prompt, max_tokens, stop_at):
+        if not self.scheduler.fits(prompt + max_tokens):
+            return
+        id = len(self.all)
+        tokens = alone(self.groups, [VOCAB + 100 * id + i for i in range(prompt)], max_tokens)
+        stops = frozenset(tokens[prompt:][stop_at:stop_at + 1])
+        self.expected[id] = tokens[:prompt + min(stop_at + 1, max_tokens)]
+        self.all.append(Sequence(id, tokens[:prompt], prompt, Sampling(max_tokens=max_tokens), stops))
+        self.scheduler.submit(self.all[-1])
+
+    @rule()
+    def step(self):
+        plan = self._plan()
+        ahead = (plan, self.device.run(plan, self.expected)) if plan else None
+        self._commit()
+        self.flying = ahead
+
+    @precondition(lambda self: self.flying)
+    @rule()
+    def catch_up(self):
+        self._commit()
+
+    @precondition(lambda self: self.scheduler.sequences)
+    @rule(data=st.data())
+    def cancel(self, data):
+        id = data.draw(st.sampled_from(sorted(self.scheduler.sequences)))
+        self._end(self.scheduler.cancel(id), "cancelled")
+
+    @precondition(lambda self: self.ended)
+    @rule(data=st.data())
+    def cancelling_what_has_ended_does_nothing(self, data):
+        assert self.scheduler.cancel(data.draw(st.sampled_from(sorted(self.ended)))) is None
+
+    @precondition(lambda self: self.flying)
+    @rule(ahead=st.booleans())
+    def the_step_read_back_failed(self, ahead):
+        if ahead:
+            plan = self._plan()
+            if plan:
+                self.device.run(plan, self.expected)
+        self._fail(self.flying[0])
+
+    @rule()
+    def the_step_being_dispatched_failed(self):
+        self._fail(self._plan())
+
+    # What must hold.
+
+    def _plan(self) -> Plan | None:
+        could_decode = {s.id for s in self.scheduler.running if s.wants and s.unread == 1}
+        plan = self.scheduler.plan()
+        rows = plan.rows if plan else ()
+        self._check_rows(rows)
+        self._check_waiting(could_decode, {row.sequence for row in rows})
+        for row in rows:
+            if row.sequence not in self.begun:
+                assert all(s.id in self.begun for s in self.all[:row.sequence] if s.ended is None), "not in order"
+            self.begun.add(row.sequence)
+        return plan
+
+    def _check_rows(self, rows: tuple[Row, ...]):
+        assert len(rows) <= self.scheduler.max_rows
+        assert len({row.slot for row in rows}) == len({row.sequence for row in rows}) == len(rows)
+        assert all(0 < len(row.tokens) <= (self.scheduler.chunk if len(rows) == 1 else 1) for row in rows)
+        for row in rows:
+            assert self.scheduler.sequences[row.sequence].slot == row.slot < self.scheduler.max_rows
+            if row.draws:
+                assert row.count == row.start + len(row.tokens) - self.all[row.sequence].prompt
+
+    def _check_waiting(self, could_decode: set[int], planned: set[int]):
+        """A sequence that could decode does so, or waits for one chunk of another's prompt, or lost its pages."""
+        for id in could_decode:
+            kept = self.all[id].slot is not None
+            self.waited[id] = self.waited.get(id, 0) + 1 if kept and id not in planned else 0
+            assert self.waited[id] <= 1, f"{id} could decode, and waited for more than a chunk"
+            assert not kept or planned, "nothing was planned, although a sequence could decode"
+
+    def _commit(self):
+        if self.flying:
+            for drawn in self.scheduler.commit(*self.flying):
+                assert drawn.token == drawn.sequence.tokens[-1] and drawn.ended == drawn.sequence.ended
+                if drawn.ended:
+                    self._end(drawn.sequence, drawn.ended)
+            self.flying = None
+
+    def _fail(self, plan: Plan | None):
+        self.flying = None
+        self.device.lose_everything()
+        twice = {row.sequence for row in plan.rows if self.all[row.sequence].failures} if plan else set()
+        ended = self.scheduler.rewind(plan)
+        assert {s.id for s in ended} == twice & {s.id for s in self.all if s.ended == "failed"}
+        assert all(id in self.ended or self.all[id].ended == "failed" for id in twice)
+        for sequence in ended:
+            self._end(sequence, "failed")
+
+    def _end(self, sequence: Sequence, reason: str):
+        assert sequence.id not in self.ended, "ended twice"
+        assert sequence.ended == reason and sequence.id not in self.scheduler.sequences
+        self.ended[sequence.id] = reason
+
+    @invariant()
+    def every_page_is_free_or_held_by_those_that_list_it(self):
+        for group in self.groups:
+            pool = self.scheduler.pools[group.name]
+            listed = [page for s in self.all for page in s.pages.get(group.name, ()) if page is not None]
+            assert len(listed) == len(set(listed)) == group.pages - pool.free
+            assert pool.holders == [listed.count(page) for page in range(group.pages)]
+
+    @invariant()
+    def every_sequence_is_in_one_place(self):
+        waiting, running = self.scheduler.waiting, self.scheduler.running
+        there = sorted(s.id for s in (*waiting, *running))
+        assert there == sorted(self.scheduler.sequences) == [s.id for s in self.all if s.id not in self.ended]
+        assert all(s.slot is None and not s.pages and s.read == 0 for s in waiting)
+        slots = [*self.scheduler.slots, *(s.slot for s in running)]
+        assert sorted(slots) == list(range(self.scheduler.max_rows))
+
+    @invariant()
+    def every_token_is_the_one_it_would_be_alone(self):
+        for s in self.all:
+            assert s.tokens == self.expected[s.id][:len(s.tokens)]
+
+    def teardown(self):
+        """Left alone, every sequence comes to its end, in about as many steps as it has tokens."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(10 + 10 * sum(map(len, self.expected.values()))):
+            if not (self.scheduler.sequences or self.flying):
+                break
+            idle = self.flying is None
+            self.step()
+            assert self.flying or not idle, "sequences wait, and nothing runs"
+        assert not self.scheduler.sequences, "sequences starve"
+        self.every_page_is_free_or_held_by_those_that_list_it()
+        for s in self.all:
+            if self.ended[s.id] in ("stop", "length"):
+                assert s.tokens == self.expected[s.id]
+                assert self.ended[s.id] == ("stop" if s.tokens[-1] in s.stops else "length")
+
+
+class TestAnyHistory(AnyHistory.TestCase):
+    settings = settings(stateful_step_count=40)
+
+
+@pytest.mark.long
+class TestMoreHistories(AnyHistory.TestCase):
+    settings = settings(stateful_step_count=100)

@@ -1,0 +1,139 @@
+"""Loading promises: everything is checked before anything is read, every byte is read once, arrays arrive exact."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from jaxinfer.errors import CheckpointMismatch
+from jaxinfer.events import observe
+from jaxinfer.frontend.weights import aligned, cast_into, load_params
+from jaxinfer.graph import Graph, Leaf
+
+
+@dataclass
+class Held:
+    """A tensor in memory that counts how often it is read."""
+
+    array: np.ndarray
+    reads: list[None] = field(default_factory=list)
+
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: self.array.dtype)
+    nbytes = property(lambda self: self.array.nbytes)
+
+    def read(self) -> np.ndarray:
+        self.reads.append(None)
+        return self.array
+
+
+def graph(**spec) -> Graph:
+    return Graph("test", spec, (), lambda *_: None, (), lambda *_: None, 1, 1, ignore=("*.inv_freq",))
+
+
+def numbers(*shape: int, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+def test_a_leaf_concatenates_the_tensors_that_its_name_joins():
+    spec = graph(qkv=Leaf((5, 4), ("a", "b"), "q + k", "qk"))
+    q, k = numbers(3, 4), numbers(2, 4)
+    params = load_params(spec, {"q": Held(q), "k": Held(k)}, dtype="float32", source="here")
+    np.testing.assert_array_equal(params["qkv"], np.concatenate([q, k]))
+    whole = numbers(5, 4)
+    np.testing.assert_array_equal(load_params(spec, {"qk": Held(whole)}, dtype="float32", source="")["qkv"], whole)
+
+
+def test_a_transposed_leaf_is_swapped_tensor_by_tensor_before_it_is_joined():
+    spec = graph(w=Leaf((5, 4), ("a", "b"), "x + y", transpose=True))
+    x, y = numbers(4, 3), numbers(4, 2)
+    params = load_params(spec, {"x": Held(x), "y": Held(y)}, dtype="bfloat16", source="here")
+    np.testing.assert_array_equal(params["w"], np.concatenate([x.T, y.T]).astype(ml_dtypes.bfloat16))
+
+
+def test_exact_leaves_keep_float32_and_the_others_take_the_dtype_asked_for():
+    spec = graph(w=Leaf((4, 4), ("a", "b"), "w"), norm=Leaf((4,), ("a",), "norm", exact=True))
+    tensors = {"w": Held(numbers(4, 4)), "norm": Held(numbers(4, dtype=ml_dtypes.bfloat16))}
+    params = load_params(spec, tensors, dtype=jnp.bfloat16, source="here")
+    assert (params["w"].dtype, params["norm"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_every_problem_is_reported_at_once_and_nothing_is_read():
+    spec = graph(a=Leaf((4,), ("a",), "a"), b=Leaf((4, 2), ("a", "b"), "b"), c=Leaf((4, 2), ("a", "b"), "c1 + c2", "c"),
+                 d=Leaf((3, 2), ("a", "b"), "d", transpose=True), e=Leaf((1,), (None,), "e"))
+    tensors = {"b": Held(numbers(2, 4)), "c1": Held(numbers(2, 2)), "d": Held(numbers(3, 2)), "odd": Held(numbers(1)),
+               "e": Held(np.zeros(1, np.int8)), "layers.0.inv_freq": Held(numbers(1))}
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_params(spec, tensors, dtype="float32", source="model.safetensors")
+    assert caught.value.problems == [
+        "missing: a, shape (4,)",
+        "missing: c2 (or c), part of a weight of shape (4, 2)",
+        "surplus: odd with shape (1,) belongs to no weight of this model",
+        "wrong dtype: e holds int8, expected floating-point numbers",
+        "wrong shape: b has (2, 4), expected (4, 2)",
+        "wrong shape: d has (3, 2), expected (2, 3)",
+    ]
+    assert "model.safetensors: 6 problems, nothing was loaded" in str(caught.value)
+    assert not any(tensor.reads for tensor in tensors.values())
+
+
+def test_a_tensor_under_two_of_a_leafs_names_is_surplus_under_the_second():
+    spec = graph(w=Leaf((1,), ("a",), "w", "old_w"))
+    with pytest.raises(CheckpointMismatch, match="surplus: old_w"):
+        load_params(spec, {"w": Held(numbers(1)), "old_w": Held(numbers(1))}, dtype="float32", source="here")
+
+
+def test_every_weight_is_read_once_and_what_is_ignored_never():
+    spec = graph(w=[Leaf((8, 8), ("a", "b"), f"w{i}") for i in range(20)])
+    tensors = {f"w{i}": Held(numbers(8, 8)) for i in range(20)} | {"rotary.inv_freq": Held(numbers(4))}
+    load_params(spec, tensors, dtype="bfloat16", source="here")
+    assert [len(tensor.reads) for tensor in tensors.values()] == [1] * 20 + [0]
+
+
+def test_progress_rises_to_the_bytes_on_disk():
+    spec, seen = graph(a=Leaf((4,), ("a",), "a"), b=Leaf((8,), ("a",), "b")), []
+    with observe(seen.append):
+        load_params(spec, {"a": Held(numbers(4)), "b": Held(numbers(8))}, dtype="float32", source="here")
+    assert [event.done for event in seen] == sorted(event.done for event in seen)
+    assert (seen[-1].what, seen[-1].name, seen[-1].done, seen[-1].total) == ("load", "here", 48, 48)
+
+
+def test_an_aligned_tensor_that_needs_no_change_is_taken_over_without_a_copy():
+    mapped = aligned((256, 256), np.dtype(np.float32))
+    mapped[...] = 1
+    w = load_params(graph(w=Leaf((256, 256), ("a", "b"), "w")), {"w": Held(mapped)}, dtype="float32", source="")["w"]
+    cpu = jax.devices("cpu")[0]
+    assert w.devices() != {cpu} or w.unsafe_buffer_pointer() == mapped.ctypes.data
+
+
+def test_what_had_to_be_assembled_is_taken_over_too():
+    held, taken = [], []
+    put = lambda array: held.append(array.ctypes.data) or taken.append(jax.device_put(array)) or taken[-1]
+    spec = graph(w=Leaf((256, 256), ("a", "b"), "w"))
+    load_params(spec, {"w": Held(numbers(256, 256))}, dtype="bfloat16", source="", put=put)
+    assert [array.unsafe_buffer_pointer() for array in taken] == held
+
+
+def test_a_read_that_fails_stops_the_load_with_its_own_error():
+    class Broken(Held):
+        def read(self):
+            raise OSError("the disk is gone")
+    spec = graph(w=[Leaf((1,), ("a",), f"w{i}") for i in range(50)])
+    tensors = {f"w{i}": (Broken if i == 3 else Held)(numbers(1)) for i in range(50)}
+    with pytest.raises(OSError, match="the disk is gone"):
+        load_params(spec, tensors, dtype="float32", source="here")
+
+
+@given(hnp.arrays(np.uint32, st.integers(1, 300), elements=st.integers(0, 2**32 - 1)), st.integers(1, 4))
+def test_our_rounding_to_bfloat16_is_that_of_ml_dtypes_for_every_bit_pattern(bits, columns):
+    array = np.resize(bits.view(np.float32), (len(bits), columns))
+    out = aligned(array.shape, np.dtype(ml_dtypes.bfloat16))
+    cast_into(out, array)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(out.view(np.uint16), array.astype(ml_dtypes.bfloat16).view(np.uint16))
