@@ -34,7 +34,7 @@ def stages(python: str | Path, engine: str, model: str, cache: str = "off") -> d
     command = [python, CHILD, repr(time.time()), engine, model]
     done = subprocess.run(command, env=os.environ | {"JAXINFER_CACHE": cache}, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        sys.exit(f"{engine} in {python} ended with {done.returncode}:\n{done.stderr}")
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["text"].strip(), f"{engine} said nothing"
     return answer["reached"]
@@ -65,18 +65,14 @@ def main() -> None:
         folder = f"{scratch}/safetensors"
         stages(peers, "save", f"{model}:{folder}")
         rows = {"transformers, the same GGUF": ("transformers", model),
-                "transformers, safetensors bfloat16": ("transformers", folder),
-                "llama.cpp": ("llama_cpp", model)}
+                "transformers, safetensors bfloat16": ("transformers", folder)}
         for _ in range(rounds):
             with tempfile.TemporaryDirectory(dir=scratch) as cache, tempfile.TemporaryDirectory(dir=scratch) as other:
                 for state in ("empty", "filled"):
                     runs[f"jaxinfer, {state} cache"].append(stages(sys.executable, "jaxinfer", model, cache))
                     runs[f"jaxinfer run, {state} cache"].append(command_line(model, other))
             for row, (engine, source) in rows.items():
-                try:
-                    runs[row].append(stages(peers, engine, source))
-                except RuntimeError as error:
-                    print(f"{row} is left out: {error}", file=sys.stderr)
+                runs[row].append(stages(peers, engine, source))
     lines = []
     for row, each in runs.items():
         middle = {stage: median(run[stage] for run in each) for stage in STAGES if stage in each[0]}

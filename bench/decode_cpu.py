@@ -45,8 +45,8 @@ ASKED = {"prefill of 512": None, "decode, batch 1": 1.0, f"decode, batch {ROWS}"
 class Peers:
     """The peers' process. It holds the models and computes only when asked."""
 
-    def __init__(self, python: Path, model: Path):
-        command = [python, BENCH / "support" / "peers_cpu.py", model, str(cores())]
+    def __init__(self, python: Path, model: Path, threads: int):
+        command = [python, BENCH / "support" / "peers_cpu.py", model, str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         hello = self._answer()
         self.names, self.versions = hello["peers"], hello["versions"]
@@ -77,8 +77,9 @@ def our_seconds(lm: jaxinfer.LanguageModel, prompts: list[list[int]], new: int) 
     return seconds, tokens
 
 
-def measure(engines: dict, encode, rounds: int, long: int) -> tuple[dict, dict]:
-    """Tokens per second of every round, by case and engine; and the tokens that each engine drew, by engine."""
+def measure(engines: dict, encode, rounds: int, warm: int, long: int) -> tuple[dict, dict]:
+    """Tokens per second of every round, by case and engine; and the tokens that each engine drew, by engine. The
+    `warm` rounds before them count for nothing."""
     fresh = itertools.count(1)
 
     def prompts(rows: int, length: int) -> list[list[int]]:
@@ -87,7 +88,7 @@ def measure(engines: dict, encode, rounds: int, long: int) -> tuple[dict, dict]:
         return [encode(" ".join(f"{start + i}," for i in range(length)))[:length] for start in starts]
 
     rates, drawn = defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    for round in range(-1, rounds):  # the first one warms up and counts for nothing
+    for round in range(-warm, rounds):
         for case, rows in CASES.items():
             one = prompts(rows or 1, PROMPT if rows else PREFILL)
             for engine, seconds in engines.items():
@@ -189,17 +190,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="only see that it runs: one round, few tokens")
     options = parser.parse_args()
-    rounds, long = (1, SHORT + 8) if options.quick else (options.rounds, LONG)
+    rounds, warm, long = (1, 0, SHORT + 8) if options.quick else (options.rounds, 1, LONG)
     model = Path(resolve(options.model)).resolve()
 
-    peers = Peers(options.peers_python, model)
+    # OpenMP's barriers crawl while others use the cores, as they may in a --quick run.
+    peers = Peers(options.peers_python, model, 1 if options.quick else cores())
     ours = {f"jaxinfer {dtype}": jaxinfer.load(model, dtype=dtype, max_rows=ROWS) for dtype in DTYPES}
     for lm in ours.values():
         lm.warmup()
     engines = {name: lambda prompts, new, lm=lm: our_seconds(lm, prompts, new) for name, lm in ours.items()}
     engines |= {name: lambda prompts, new, name=name: peers.seconds(name, prompts, new) for name in peers.names}
     encode = next(iter(ours.values())).tokenizer.encode
-    samples, drawn = measure(engines, encode, rounds, long)
+    samples, drawn = measure(engines, encode, rounds, warm, long)
     peers.close()
     rates = {case: {engine: median(values) for engine, values in by.items()} for case, by in samples.items()}
     contexts = range(PROMPT + SHORT, PROMPT + long)
@@ -219,7 +221,7 @@ def main() -> None:
             lines.append([case, engine, f"{rate:,.0f}", over(rate, slow), asked, over(rate, by.get("llama.cpp")),
                           f"{agree[engine]:.0%}"])
     first = table(["", "engine", "tokens/s", "x transformers (faster dtype)", "asked", "x llama.cpp", "same tokens"],
-                  lines)
+                  lines, words=2)
     lines = []
     for dtype, ms in steps.items():
         ms["engine step"] = 1e3 * ROWS / rates[f"decode, batch {ROWS}"][f"jaxinfer {dtype}"]
@@ -229,7 +231,7 @@ def main() -> None:
         lines.append([dtype, *(f"{ms[part]:.2f}" for part in parts), f"{ratio:.2f}", "<= 1.5"])
     second = table(["ms", "engine step", "engine - forward", "forward", "floor", "its matmuls alone",
                     "its dots alone", "forward / floor", "asked"], lines)
-    body = (f"{first}\n\nMedians of {rounds} rounds. llama.cpp multiplies the file's {model.stem.split('.')[-1]} blocks, "
+    body = (f"{first}\n\nMedians of {rounds} rounds. llama.cpp reads the file's {model.stem.split('.')[-1]} blocks, "
             "the others dequantised weights. \"same tokens\": as transformers in float32, of all that were drawn."
             f"\n\nA decode step of {ROWS} rows at context 256:\n\n{second}")
     publish("decode_cpu", "Generation on the CPU", body, {

@@ -72,9 +72,10 @@ class Config:
 
 def build(config: Config) -> Graph:
     """The Graph of a decoder. Layers that see as far share a state group; layers that also turn alike, a kind."""
+    members = [layer.group for layer in config.layers]
     windows = {layer.group: layer.window for layer in config.layers}
     groups = tuple(
-        StateGroup(name, sum(layer.group == name for layer in config.layers), config.kv_heads, config.head_width, window)
+        StateGroup(name, members.count(name), config.kv_heads, config.head_width, window)
         for name, window in windows.items()
     )
     blocks = {

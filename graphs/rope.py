@@ -77,8 +77,9 @@ def yarn(width: int, theta: float, *, factor: float, trained: int, fast: float =
     first, last = max(first, 0), min(last, width - 1)
     ramp = (np.arange((width + 1) // 2, dtype=np.float32) - first) / ((last - first) or 0.001)
     slowed = np.clip(ramp, 0, 1)
-    wave = _wave(width, theta)
-    return _rope(slowed / (np.float32(factor) * wave) + (1 - slowed) / wave, yarn_scale(factor) if scale is None else scale)
+    inv_freq = 1 / _wave(width, theta)
+    scale = yarn_scale(factor) if scale is None else scale
+    return _rope(slowed * inv_freq / np.float32(factor) + (1 - slowed) * inv_freq, scale)
 
 
 def yarn_scale(factor: float, weight: float = 1.0) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -174,6 +174,8 @@ def _loaded(model: str, options: dict[str, Any]) -> Iterator[LanguageModel]:
 
 def _questions() -> Iterator[str]:
     """Lines that the user types, until /exit or the end of the input."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives input() arrow keys and a history
     while True:
         try:
             question = input(">>> " if sys.stdin.isatty() else "").strip()

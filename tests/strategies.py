@@ -122,4 +122,4 @@ def houses(draw) -> House:
         PageGroup(f"group{i}", draw(st.integers(1, 4), label="page size"), draw(st.integers(3, 14), label="pages"), w)
         for i, w in enumerate(windows)
     )
-    return House(tuple(groups), draw(st.integers(1, 4), label="max_rows"), draw(st.integers(1, 6), label="chunk"))
+    return House(tuple(groups), draw(st.integers(1, 5), label="max_rows"), draw(st.integers(1, 8), label="chunk"))

@@ -204,7 +204,8 @@ def test_chat_follows_the_template(lm):
     rendered = lm.tokenizer.encode("<|user|>Hi</s><|assistant|>", add_special=False)
     output = lm.chat("Hi", max_tokens=5)
     assert output.prompt_tokens == tuple(rendered)
-    assert list(lm.chat([{"role": "user", "content": "Hi"}], stream=True, max_tokens=5))[-1].output.tokens == output.tokens
+    *_, last = lm.chat([{"role": "user", "content": "Hi"}], stream=True, max_tokens=5)
+    assert last.output.tokens == output.tokens
 
 
 def test_closing_a_stream_cancels_it_even_before_its_first_piece(lm):

@@ -56,6 +56,6 @@ def write(directory: Path, config: dict, seed: int = 0) -> Path:
 
 def _parts(leaf: Leaf, config: dict) -> list[int]:
     if len(leaf.alternatives[0]) == 3:
-        heads, kv = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
+        heads, kv = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
         return [heads, kv, kv]
     return [leaf.shape[0] // len(leaf.alternatives[0])] * len(leaf.alternatives[0])

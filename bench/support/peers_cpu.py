@@ -38,13 +38,15 @@ class Transformers:
 class LlamaCpp:
     """llama.cpp through its C interface, so that sequences run as one batch; one context per batch size."""
 
-    def __init__(self, path: Path, threads: int, context: int = 1024):
+    def __init__(self, path: Path, threads: int, *, extra: bool, context: int = 1024):
         import llama_cpp
 
         self.api, self.threads, self.context, self.contexts = llama_cpp, threads, context, {}
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: the library holds a bare pointer to it
         llama_cpp.llama_log_set(self.quiet, None)
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        params.use_extra_bufts = extra  # weights repacked for special instructions, AMX among them
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def _context(self, rows: int):
@@ -80,28 +82,38 @@ class LlamaCpp:
         return [list(row) for row in zip(*drawn, strict=True)]
 
 
+def survives(path: Path, threads: int) -> bool:
+    """Whether llama.cpp can use its repacked weights here: with AMX some builds crash (its issue 20824)."""
+    child = os.fork()
+    if not child:
+        LlamaCpp(path, threads, extra=True).generate([[1] * 32], 2)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
 def main(path: Path, threads: int) -> None:
+    os.environ["TQDM_DISABLE"] = "1"
     answers = os.fdopen(os.dup(1), "w", buffering=1)  # libraries may print: only answers reach the real stdout
     os.dup2(2, 1)
     peers, versions = {}, {}
+    try:
+        import llama_cpp
+
+        extra = survives(path, threads)  # first: a process with threads should not fork
+        peers["llama.cpp"] = LlamaCpp(path, threads, extra=extra)
+        versions["llama-cpp-python"] = llama_cpp.__version__ + ("" if extra else " (without AMX: it crashes here)")
+    except ImportError as error:
+        print(f"llama.cpp is left out: {error}", file=sys.stderr)
     try:
         import torch
         import transformers
 
         versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
         transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         for dtype in ("float32", "bfloat16"):
             peers[f"transformers {dtype}"] = Transformers(path, dtype, threads)
     except ImportError as error:
         print(f"transformers is left out: {error}", file=sys.stderr)
-    try:
-        import llama_cpp
-
-        versions["llama-cpp-python"] = llama_cpp.__version__
-        peers["llama.cpp"] = LlamaCpp(path, threads)
-    except ImportError as error:
-        print(f"llama.cpp is left out: {error}", file=sys.stderr)
     print(json.dumps({"peers": list(peers), "versions": versions}), file=answers)
     for line in sys.stdin:
         ask = json.loads(line)

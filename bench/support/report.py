@@ -38,9 +38,9 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {name: version(name) for name in ("jaxinfer", "jax", "jaxlib", "numpy")}
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """A markdown table. Columns after the first are numbers and stand to the right."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+def table(header: list[str], rows: list[list[Any]], words: int = 1) -> str:
+    """A markdown table. The first `words` columns are words; the others are numbers and stand to the right."""
+    lines = [header, ["---"] * words + ["--:"] * (len(header) - words), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

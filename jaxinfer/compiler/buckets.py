@@ -57,6 +57,6 @@ def powers(most: int, *, least: int = 1, factor: int = 2) -> tuple[int, ...]:
 
 
 def default_ladder(max_rows: int, max_context: int) -> Ladder:
-    """Powers of four from 32 up to 512 for prompts, powers of two for rows: at most 16 buckets below 4,096 rows."""
+    """Powers of two from 32 to 512 for prompts (of four, from 1,025 rows on) and for rows: at most 16 buckets."""
     chunk = min(512, max_context)
-    return Ladder(powers(chunk, least=min(32, chunk), factor=4), powers(max_rows))
+    return Ladder(powers(chunk, least=min(32, chunk), factor=2 if max_rows <= 1024 else 4), powers(max_rows))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 from jaxinfer.errors import InvalidOption, UnsupportedModel
@@ -132,7 +131,7 @@ def _alternating(keys: Keys, count: int) -> tuple[Layer, ...]:
 
 def _periodic(keys: Keys, count: int) -> tuple[Layer, ...]:
     """All but every `sliding_window_pattern`-th layer look through a window, and have the second rope."""
-    period = keys.integer("sliding_window_pattern", keys.integer("_sliding_window_pattern", 6))
+    period = keys.integer("sliding_window_pattern", 6)
     return _typed(keys, count, keys.integer("sliding_window", None), lambda i: (i + 1) % period != 0, rope=1)
 
 
@@ -229,7 +228,7 @@ DECODERS = {
     "gemma3_text": Family(
         defaults=GEMMA, implies={**GEMMA_NORMS, "qk_norm": "head"},
         reads=(_attention_bias, _gemma, _no_attention_cap), layers=_periodic, ropes=two_ropes,
-        harmless=frozenset({"hidden_act"})),
+        harmless=frozenset({"hidden_act", "_sliding_window_pattern"})),
     "smollm3": Family(
         defaults={"tie_word_embeddings": True, "rope_theta": 2_000_000.0, "num_key_value_heads": 4},
         reads=(_attention_bias, _ffn_bias), layers=_some_unturned, harmless=frozenset({"max_window_layers"})),
@@ -238,7 +237,7 @@ DECODERS = {
     "granite": Family(reads=(_attention_bias, _ffn_bias, _multipliers)),
 }
 
-GPT2_HARMLESS = frozenset("""
-    n_ctx summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    reorder_and_upcast_attn predict_special_tokens n_special
-""".split())
+GPT2_HARMLESS = frozenset({
+    "n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "reorder_and_upcast_attn", "predict_special_tokens", "n_special",
+})

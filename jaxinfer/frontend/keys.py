@@ -8,25 +8,28 @@ from typing import Any
 from jaxinfer.errors import UnsupportedModel
 
 # Keys that no forward pass of a language model reads: bookkeeping, training, token ids, generation defaults.
-HARMLESS = frozenset("""
-    architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path auto_map _commit_hash
-    attn_implementation _attn_implementation _attn_implementation_autoset cache_implementation use_cache unsloth_fixed
-    unsloth_version transformers.js_config is_llama_config tokenizer_class
-    initializer_range attention_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout pretraining_tp
-    gradient_checkpointing use_bfloat16 torchscript tf_legacy_loss
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id prefix
-    id2label label2id num_labels problem_type finetuning_task task_specific_params output_hidden_states
-    output_attentions return_dict return_dict_in_generate output_scores chunk_size_feed_forward
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
-    begin_suppress_tokens exponential_decay_length_penalty tie_encoder_decoder is_decoder
-    cross_attention_hidden_size
-""".split())
+HARMLESS = frozenset({
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path",
+    "name_or_path", "auto_map", "_commit_hash", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_autoset", "cache_implementation", "use_cache", "unsloth_fixed", "unsloth_version",
+    "transformers.js_config", "is_llama_config", "tokenizer_class", "initializer_range", "attention_dropout",
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "pretraining_tp", "gradient_checkpointing",
+    "use_bfloat16", "torchscript", "tf_legacy_loss", "bos_token_id", "eos_token_id", "pad_token_id",
+    "sep_token_id", "decoder_start_token_id", "prefix", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task", "task_specific_params", "output_hidden_states", "output_attentions", "return_dict",
+    "return_dict_in_generate", "output_scores", "chunk_size_feed_forward", "max_length", "min_length",
+    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
+    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens",
+    "exponential_decay_length_penalty", "tie_encoder_decoder", "is_decoder", "cross_attention_hidden_size",
+})
 
 # Keys that would change the mathematics, each with the one value that does not.
-ONLY = {"is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}, "quantization_config": None,
-        "rope_interleaved": False, "use_mrope": False, "lm_head_bias": False, "use_bidirectional_attention": False}
+ONLY = {
+    "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}, "quantization_config": None,
+    "rope_interleaved": False, "use_mrope": False, "lm_head_bias": False, "use_bidirectional_attention": False,
+}
 
 _REQUIRED = object()
 
@@ -90,7 +93,8 @@ class Keys:
         if value is None and default is not _REQUIRED:
             return default
         if value is None or not good(value):
-            self.problem(key, f"missing; expected {expected}" if value is None else f"{short(value)} is not {expected}")
+            wrong = "missing; expected" if value is None else f"{short(value)} is not"
+            self.problem(key, f"{wrong} {expected}")
             return placeholder
         return value
 
@@ -106,7 +110,8 @@ class Keys:
         self.surplus(HARMLESS | harmless)
         if self.problems:
             lines = "\n  ".join(f"{key}: {text}" for key, text in sorted(self.problems))
-            raise UnsupportedModel(f"{self.source}: {len(self.problems)} problems, nothing was loaded:\n  {lines}")
+            count = f"{len(self.problems)} problem" + "s" * (len(self.problems) > 1)
+            raise UnsupportedModel(f"{self.source}: {count}, nothing was loaded:\n  {lines}")
 
 
 def _positive(value: Any) -> bool:

@@ -31,14 +31,13 @@ def part_rope(keys: Keys, head_width: int, max_context: int | None) -> tuple[tup
 def two_ropes(keys: Keys, head_width: int, max_context: int | None) -> tuple[tuple[Rope, ...], int]:
     """Gemma 3's: one rope for layers that see all, which alone is scaled, and one for layers with a window."""
     limit = keys.integer("max_position_embeddings")
-    new, old = keys.mapping("rope_parameters"), keys.mapping("rope_scaling")
+    outer, old = keys.inside("rope_parameters", keys.mapping("rope_parameters")), keys.mapping("rope_scaling")
     ropes = []
     for kind, theta, scaling in (("full_attention", keys.number("rope_theta", 1_000_000.0), old),
                                  ("sliding_attention", keys.number("rope_local_base_freq", 10_000.0), {})):
-        inner = keys.inside(f"rope_parameters.{kind}", {"rope_theta": theta, **(new.pop(kind, None) or {}), **scaling})
-        ropes.append(_rope(inner, head_width, limit, max_context)[0])
-    for kind in new:
-        keys.problem(f"rope_parameters.{kind}", "unknown; expected full_attention and sliding_attention")
+        rope_keys = keys.inside(f"rope_parameters.{kind}", {"rope_theta": theta, **outer.mapping(kind), **scaling})
+        ropes.append(_rope(rope_keys, head_width, limit, max_context)[0])
+    outer.surplus()
     return tuple(ropes), limit
 
 

@@ -71,7 +71,8 @@ def _matched(graph: Graph, leaves: list[Leaf], tensors: Mapping[str, Tensor], so
     for name in tensors.keys() - used:
         ignored = any(fnmatchcase(name, pattern) for pattern in graph.ignore)
         if not ignored and not (problems and name in wanted):  # half of a leaf that is missing its other half
-            problems.append(f"surplus: {name} with shape {tuple(tensors[name].shape)} belongs to no weight of this model")
+            shape = tuple(tensors[name].shape)
+            problems.append(f"surplus: {name} with shape {shape} belongs to no weight of this model")
     if problems:
         raise CheckpointMismatch(source, sorted(problems))
     return parts

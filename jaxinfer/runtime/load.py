@@ -21,7 +21,7 @@ from jaxinfer.frontend.catalog import resolve
 from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
 from jaxinfer.frontend.tokenizer import from_directory
 from jaxinfer.frontend.weights import load_params
-from jaxinfer.graph import Graph, Leaf
+from jaxinfer.graph import Graph
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.engine import Engine
@@ -72,13 +72,10 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
         budget=budget or int(SHARE * planning.available(place)), why=why,
     )
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.exact else number), model.spec,
-        is_leaf=lambda x: isinstance(x, Leaf),
-    )
     executables = Executables(
-        model, ladder, params=shapes, state=planning.abstract_state(model, groups, number), max_rows=max_rows,
-        table_width={group.name: -(-context // group.page_size) for group in groups}, device=place,
+        model, ladder, params=planning.abstract_params(model, number), max_rows=max_rows, device=place,
+        state=planning.abstract_state(model, groups, number),
+        table_width={group.name: -(-context // group.page_size) for group in groups},
     )
     try:
         # The first prompt and the first decode step compile while the weights are read.

@@ -107,6 +107,12 @@ def empty_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any, device:
     return {g.name: [pages(g, p.pages) for _ in range(g.layers)] for g, p in zip(graph.groups, groups, strict=True)}
 
 
+def abstract_params(graph: Graph, dtype: Any) -> Any:
+    """The shapes of the weights in `dtype`, but for the exact leaves."""
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.exact else dtype)
+    return jax.tree.map(shape, graph.spec, is_leaf=lambda x: isinstance(x, Leaf))
+
+
 def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any) -> State:
     """The shapes of `empty_state`."""
     def pages(g, p):

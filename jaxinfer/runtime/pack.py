@@ -52,6 +52,7 @@ class Packer:
         draws = Draws(f(0), i(), f(1), f(0), np.zeros(R, np.uint32), i())
         for r, row in enumerate(plan.rows):
             s = row.sampling
-            for array, value in zip(draws, (s.temperature, s.top_k, s.top_p, s.min_p, s.seed or 0, row.count), strict=True):
+            values = (s.temperature, s.top_k, s.top_p, s.min_p, s.seed or 0, row.count)
+            for array, value in zip(draws, values, strict=True):
                 array[r] = value
         return draws

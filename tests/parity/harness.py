@@ -16,15 +16,16 @@ from jaxinfer.graph import Graph, Pages, Params, Run, forward
 from jaxinfer.kernels import init_pages
 
 JUNK = 2**30
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 BUCKETS = ((4, 1), (48, 16), (160, 96))  # T, longest: decode, chunks, a whole prompt
 
 
 class Rows:
     """Up to `count` rows that are read and continued together. `step` may be given any share of each row's tokens."""
 
-    def __init__(self, graph: Graph, params: Params, count: int, max_context: int, *, page_size: int = 16, seed: int = 0):
+    def __init__(self, graph: Graph, params: Params, count: int, max_context: int, page_size: int = 16):
         self.graph, self.params, self.page_size = graph, params, page_size
-        self.random = np.random.default_rng(seed)
+        self.random = np.random.default_rng(0)
         self.lens = np.zeros(count, int)
         self.R = count + 1  # one row is always padding
         self.P = -(-max_context // page_size)
@@ -40,7 +41,8 @@ class Rows:
         """Read the next `tokens` of each row (none for some); logits `[count, V]` of each row's last token."""
         lens = np.array([len(row) for row in tokens])
         decode = (lens == 1).all()  # the decode bucket wants every row: its token r is row r
-        T, longest = next(bucket for bucket in BUCKETS[not decode :] if lens.sum() <= bucket[0] and lens.max() <= bucket[1])
+        fits = lambda T, longest: lens.sum() <= T and lens.max() <= longest
+        T, longest = next(bucket for bucket in BUCKETS[not decode :] if fits(*bucket))
         self.lens += lens
         cu = np.concatenate([[0], np.cumsum(lens), [lens.sum()]])
         flat = np.concatenate([np.concatenate([row for row in tokens if row]),
@@ -65,7 +67,7 @@ _compiled: dict[int, tuple[Graph, object]] = {}
 def _forward(graph: Graph, *args):
     """`forward` of this graph, compiled once for each bucket."""
     if id(graph) not in _compiled:
-        _compiled[id(graph)] = graph, jax.jit(partial(forward, graph), donate_argnums=1)
+        _compiled[id(graph)] = graph, jax.jit(partial(forward, graph), donate_argnums=1, compiler_options=QUICK)
     return _compiled[id(graph)][1](*args)
 
 

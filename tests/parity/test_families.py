@@ -8,20 +8,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("transformers")
-pytestmark = pytest.mark.parity
-
 from jaxinfer.errors import CheckpointMismatch, InvalidOption, UnsupportedModel
-from jaxinfer.frontend.architectures import GPT2_HARMLESS, DECODERS, architecture
+from jaxinfer.frontend.architectures import DECODERS, GPT2_HARMLESS, architecture
+from jaxinfer.frontend.checkpoint import open_checkpoint
 from jaxinfer.frontend.keys import HARMLESS
-from jaxinfer.frontend.safetensors import open_safetensors_directory
 from jaxinfer.frontend.weights import load_params
+from jaxinfer.kernels import tracing
 from tests.parity.families import FAMILIES, MAX_CONTEXT, fix_rope, greedy, logits, make
 from tests.parity.harness import Rows, continue_greedily, read_in_chunks, read_whole
 
+pytestmark = pytest.mark.parity
 COUNT = 64
 PROMPTS = [np.random.default_rng(i).integers(0, 96, size).tolist() for i, size in enumerate((93, 7, 41))]
 
@@ -29,10 +29,11 @@ PROMPTS = [np.random.default_rng(i).integers(0, 96, size).tolist() for i, size i
 @functools.cache
 def checkpoint(family: str):
     """The transformers model, held still at MAX_CONTEXT, its config.json, and its tensors."""
-    directory = Path(tempfile.mkdtemp(prefix=f"{family}-"))
-    model = make(family, directory)
+    with tempfile.TemporaryDirectory() as directory:  # the tensors stay mapped when it is gone
+        model = make(family, Path(directory))
+        opened = open_checkpoint(directory)
     fix_rope(model, MAX_CONTEXT)
-    return model, json.loads((directory / "config.json").read_text()), open_safetensors_directory(directory)
+    return model, opened.config, opened.tensors
 
 
 def load(config: dict, tensors, max_context: int = MAX_CONTEXT):
@@ -43,16 +44,16 @@ def load(config: dict, tensors, max_context: int = MAX_CONTEXT):
 @pytest.mark.parametrize("read", [read_whole, read_in_chunks])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_says_what_transformers_says(family, read):
-    model, config, tensors = checkpoint(family)
+    model, _, _ = checkpoint(family)
     graph, params = ours(family)
     rows = Rows(graph, params, len(PROMPTS), MAX_CONTEXT)
     tokens, said = continue_greedily(rows, read(rows, PROMPTS), COUNT)
     for r, prompt in enumerate(PROMPTS):
         expected = logits(model, prompt + tokens[:-1, r].tolist())[len(prompt) - 1 :].numpy()
         assert expected.std() >= 1, "flat logits prove nothing"
-        assert len(set(tokens[:, r].tolist())) >= 5, "a model that repeats itself proves little"
         np.testing.assert_allclose(said[:, r], expected, atol=1e-4, rtol=0)
         assert tokens[:, r].tolist() == expected.argmax(1).tolist()
+    assert len(np.unique(tokens)) >= 10, "a model that repeats itself proves little"
     if read is read_whole:
         assert tokens[:, 2].tolist() == greedy(model, PROMPTS[2], COUNT)
 
@@ -65,11 +66,13 @@ def ours(family: str):
 
 # Keys that another key of the same config makes idle: they are flipped in a config that lacks the other one.
 SHADOWED = {"max_window_layers": "layer_types", "no_rope_layer_interval": "no_rope_layers",
-            "_sliding_window_pattern": "layer_types"}
+            "sliding_window_pattern": "layer_types"}
 LIMIT = "the model's own limit, which is above what is served"
 IDLE = {  # keys that change nothing in one family's config, and why; each is heard in another one's
     **{(family, "max_position_embeddings"): LIMIT for family in FAMILIES
        if family not in ("llama-dynamic", "phi3-longrope")},
+    **{(family, f"rope_parameters.beta_{end}"): "both values round to the same pair; llama-yarn-scaled does not round"
+       for family in ("llama-yarn", "llama-yarn-mscale") for end in ("fast", "slow")},
     ("phi3", "original_max_position_embeddings"): "nothing is scaled",
     ("phi3-longrope", "rope_parameters.original_max_position_embeddings"): "the outer key has precedence",
     ("phi3-longrope", "rope_parameters.short_factor"): "the context is long",
@@ -113,6 +116,18 @@ FLIPS = [(family, ".".join(path)) for family, make_config in FAMILIES.items()
          for path in paths(json.loads(make_config().to_json_string()))]
 
 
+def error(model, graph, params) -> float:
+    """How far our logits for the first prompt are from transformers', at most."""
+    with tracing("cpu", {"attend": "reference"}), jax.disable_jit():  # op by op: no compile for each of 250 models
+        said = Rows(graph, params, 1, MAX_CONTEXT).step(PROMPTS[:1])
+    return np.abs(said[0] - logits(model, PROMPTS[0])[-1].numpy()).max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_no_key_flipped_the_measure_of_the_next_test_finds_nothing(family):
+    assert error(checkpoint(family)[0], *ours(family)) < 1e-4
+
+
 @pytest.mark.parametrize(("family", "key"), [flip for flip in FLIPS if flip not in IDLE])
 def test_a_key_that_alters_the_mathematics_is_heeded(family, key):
     model, config, tensors = checkpoint(family)
@@ -120,8 +135,7 @@ def test_a_key_that_alters_the_mathematics_is_heeded(family, key):
         graph, params = load(with_flipped(config, tuple(key.split("."))), tensors)
     except (UnsupportedModel, CheckpointMismatch, InvalidOption):
         return
-    wrong = Rows(graph, params, 1, MAX_CONTEXT).step(PROMPTS[:1])
-    assert np.abs(wrong[0] - logits(model, PROMPTS[0])[-1].numpy()).max() > 1e-3
+    assert error(model, graph, params) > 1e-3
 
 
 @pytest.mark.parametrize(("family", "key"), [flip for flip in FLIPS if flip in IDLE])
@@ -142,6 +156,7 @@ def test_a_list_of_layers_and_the_number_that_stands_for_it_say_the_same(family,
 def test_at_its_full_context_a_fixed_scaling_is_the_one_that_transformers_reaches(family, tmp_path):
     model = make(family, tmp_path)  # left free to rescale as it goes
     prompt = np.random.default_rng(9).integers(0, 96, 160).tolist()
-    graph, params = load(json.loads((tmp_path / "config.json").read_text()), open_safetensors_directory(tmp_path), 160)
+    opened = open_checkpoint(tmp_path)
+    graph, params = load(opened.config, opened.tensors, 160)
     rows = Rows(graph, params, 1, 160)
     np.testing.assert_allclose(read_in_chunks(rows, [prompt])[0], logits(model, prompt)[-1].numpy(), atol=1e-4, rtol=0)

@@ -1,0 +1,48 @@
+"""The step compiles for a TPU that is not there: libtpu, a topology description, and abstract shapes."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer.compiler import Bucket, Executables, default_ladder
+from jaxinfer.frontend.architectures import architecture
+from jaxinfer.runtime import memory as planning
+from tests import tiny
+
+pytestmark = pytest.mark.tpu
+SMOLLM2 = {**tiny.PLAIN, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+           "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 30}
+
+
+@pytest.fixture(scope="module")
+def v5e():
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'jaxinfer[tpu]'")
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    jax.config.update("jax_enable_compilation_cache", False)  # it would look for a client of this platform
+    one = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
+    yield one.devices[0]
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.mark.parametrize("config", [tiny.PLAIN, tiny.WINDOWED, SMOLLM2], ids=["plain", "windowed", "smollm2"])
+def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
+    graph, dtype = architecture(config, max_context=1024).graph(), jnp.dtype(jnp.bfloat16)
+    size = dict(dtype=dtype, max_context=1024, max_rows=8, chunk=512, budget=16 << 30, why="HBM")
+    groups = planning.page_groups(graph, **size)
+    executables = Executables(
+        graph, default_ladder(8, 1024), params=planning.abstract_params(graph, dtype), max_rows=8, device=v5e,
+        state=planning.abstract_state(graph, groups, dtype), table_width={g.name: 16 for g in groups},
+    )
+    decode, prompt, sample = (lowered.compile() for lowered in (
+        executables.lower_forward(Bucket(1, 8, 8)), executables.lower_forward(Bucket(128, 1, 128)),
+        executables.lower_sample(8, greedy=False)))
+    for compiled in (decode, prompt, sample):
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**30
+        assert compiled.cost_analysis()["flops"] > 0
+    assert decode.memory_analysis().argument_size_in_bytes > planning.nbytes(graph.spec, dtype)
+    assert decode.memory_analysis().alias_size_in_bytes > 0, "the pages are not donated"
+    executables.close()
