@@ -53,8 +53,9 @@ test-notebooks: .venv/.test ## execute every notebook
 test-long: .venv/.test ## property tests with thousands of examples
 	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu" --ignore=tests/parity --ignore=tests/test_notebooks.py
 
-bench: .venv-peers/.test ## our speed beside our peers'
-	@for file in bench/*.py; do echo "=== $$file"; $(PEERS)/python $$file || exit 1; done
+bench: .venv/.test .venv-peers/.test ## our speed beside our peers' (builds llama.cpp from source the first time)
+	@$(PEERS)/python -c "import llama_cpp" 2>/dev/null || $(PEERS)/python -m pip install -q llama-cpp-python==0.3.36
+	@for file in bench/*.py; do echo "=== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean: ## remove environments and caches, not downloaded models
 	rm -rf .venv .venv-peers .cache .pytest_cache .ruff_cache .hypothesis

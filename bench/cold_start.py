@@ -20,7 +20,7 @@ from statistics import median
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from support.report import BENCH, publish, table
+from support.report import BENCH, publish, table, versions
 
 from jaxinfer.frontend.catalog import resolve
 
@@ -58,8 +58,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="only see that it runs: one round")
     options = parser.parse_args()
+    if not options.peers_python.exists():
+        parser.error(f"{options.peers_python} is not here; `make bench` sets it up, --peers-python names another")
     rounds = 1 if options.quick else options.rounds
     model, peers = str(Path(resolve(options.model)).resolve()), options.peers_python
+    ask = "from importlib.metadata import version; print(version('torch'), version('transformers'))"
+    theirs = subprocess.run([peers, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
     runs: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder = f"{scratch}/safetensors"
@@ -81,8 +85,10 @@ def main() -> None:
         lines.append([row, *(f"{middle[stage]:.2f}" if stage in middle else "" for stage in STAGES), spread, asked])
     body = table(["seconds since the process started", *STAGES, "spread", "asked"], lines)
     body += f"\n\nMedians of {rounds} rounds; the file is in the page cache."
-    publish("cold_start", "From process start to the first token", body, {"model": Path(model).name, "runs": runs},
-            keep=not options.quick)
+    publish("cold_start", "From process start to the first token", body, {
+        "versions": versions() | dict(zip(("torch", "transformers"), theirs, strict=True)), "model": Path(model).name,
+        "runs": runs,
+    }, keep=not options.quick)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def measure(engines: dict, encode, rounds: int, warm: int, long: int) -> tuple[d
         return [encode(" ".join(f"{start + i}," for i in range(length)))[:length] for start in starts]
 
     rates, drawn = defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    for round in range(-warm, rounds):
+    for number in range(-warm, rounds):
         for case, rows in CASES.items():
             one = prompts(rows or 1, PROMPT if rows else PREFILL)
             for engine, seconds in engines.items():
@@ -99,7 +99,7 @@ def measure(engines: dict, encode, rounds: int, warm: int, long: int) -> tuple[d
                     short, tokens = seconds(one, SHORT)
                     rate = rows * (long - SHORT) / (seconds(one, long)[0] - short)
                 drawn[engine] += itertools.chain(*tokens)
-                if round >= 0:
+                if number >= 0:
                     rates[case][engine].append(rate)
     return rates, drawn
 
@@ -190,6 +190,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="only see that it runs: one round, few tokens")
     options = parser.parse_args()
+    if not options.peers_python.exists():
+        parser.error(f"{options.peers_python} is not here; `make bench` sets it up, --peers-python names another")
     rounds, warm, long = (1, 0, SHORT + 8) if options.quick else (options.rounds, 1, LONG)
     model = Path(resolve(options.model)).resolve()
 

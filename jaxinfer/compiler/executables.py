@@ -117,6 +117,11 @@ class Executables:
         events.emit(events.Missed(name, why, str(ran_on)))
         return ran_on
 
+    def ready(self, tokens: int, rows: int) -> bool:
+        """Whether a greedy step of this shape can run without waiting for a compile."""
+        own = self.ladder.fit(tokens, rows)
+        return any(b.holds(own) and self._is_ready(b) for b in self.ladder.buckets)
+
     def _is_ready(self, bucket: Bucket) -> bool:
         return f"forward[{bucket}]" in self._ready and _sample_name(bucket.rows, True) in self._ready
 

@@ -22,7 +22,7 @@ def init_pages(num_pages: int, page_size: int, kv_heads: int, head_width: int, d
     return Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def write(pages: Pages, k_TKH: jax.Array, v_TKH: jax.Array, run: Run, group: str) -> Pages:
+def write_reference(pages: Pages, k_TKH: jax.Array, v_TKH: jax.Array, run: Run, group: str) -> Pages:
     """Put each token's key and value at its position; padding goes to a page past the end, which drops it."""
     num_pages, _, page_size, _ = pages.k.shape
     position_T = run.position_T
@@ -30,6 +30,25 @@ def write(pages: Pages, k_TKH: jax.Array, v_TKH: jax.Array, run: Run, group: str
     page_T = jnp.where(run.valid_T, page_T, num_pages)
     put = lambda page, new: page.at[page_T, :, position_T % page_size].set(new.astype(page.dtype), mode="drop")
     return Pages(put(pages.k, k_TKH), put(pages.v, v_TKH))
+
+
+def write_loop(pages: Pages, k_TKH: jax.Array, v_TKH: jax.Array, run: Run, group: str) -> Pages:
+    """Token by token, real ones only. XLA's CPU backend makes a loop of a scatter anyway, and up to JAX 0.10 it
+    converts the whole pool to float32 around it: a step of 8 rows took 1.1 s over a pool of 3 GB."""
+    page_size = pages.k.shape[2]
+    position_T = run.position_T
+    page_T = run.tables[group][run.row_T, position_T // page_size]
+
+    def put(t, pages):
+        at = (page_T[t], 0, position_T[t] % page_size, 0)
+        new = lambda x_TKH, page: x_TKH[t][None, :, None].astype(page.dtype)
+        return Pages(lax.dynamic_update_slice(pages.k, new(k_TKH, pages.k), at),
+                     lax.dynamic_update_slice(pages.v, new(v_TKH, pages.v), at))
+
+    return lax.fori_loop(0, run.cu_q_lens[-1], put, pages)
+
+
+write = Op("write", reference=write_reference, fast={"loop": (("cpu",), write_loop)})
 
 
 def _soft_cap(scores, cap):
@@ -70,9 +89,9 @@ def attend_visits(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None,
     dtype = pages.k.dtype
 
     lens_R = run.cu_q_lens[1:] - run.cu_q_lens[:-1]
-    flat_RQ = run.cu_q_lens[:-1, None] + jnp.arange(Q)
-    real_RQ = jnp.arange(Q) < lens_R[:, None]
-    here_RQ = jnp.where(real_RQ, (run.kv_lens_R - lens_R)[:, None] + jnp.arange(Q), -1)
+    nth_RQ = jnp.arange(Q)[None]
+    flat_RQ = run.cu_q_lens[:-1, None] + nth_RQ
+    here_RQ = jnp.where(nth_RQ < lens_R[:, None], (run.kv_lens_R - lens_R)[:, None] + nth_RQ, -1)
     q_RQNH = q_TNH[:, None] if Q == 1 and T == R else q_TNH[jnp.minimum(flat_RQ, T - 1)]
     q_RKXH = q_RQNH.astype(dtype).reshape(R, Q, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * Q, H)
 
@@ -88,7 +107,7 @@ def attend_visits(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None,
         visit_C = i * C + jnp.arange(C)
         row_C = jnp.minimum((ends_R[None] <= visit_C[:, None]).sum(1), R - 1)
         nth_C = jnp.clip(first_R[row_C] + visit_C - (ends_R - visits_R)[row_C], 0, P - 1)
-        at_CS = nth_C[:, None] * page_size + jnp.arange(page_size)
+        at_CS = nth_C[:, None] * page_size + jnp.arange(page_size)[None]
         real_CS = (at_CS < run.kv_lens_R[row_C][:, None]) & (visit_C < ends_R[-1])[:, None]
         seen_CQS = real_CS[:, None] & (at_CS[:, None] <= here_RQ[row_C][:, :, None])
         if window is not None:
@@ -99,7 +118,7 @@ def attend_visits(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None,
         scores = jnp.einsum("CKXH,CKSH->CKXS", q_RKXH[row_C], take(pages.k), preferred_element_type=jnp.float32)
         scores = _soft_cap(scores * scale, softcap).reshape(C, K, G, Q, page_size)
         scores = jnp.where(seen_CQS[:, None, None], scores, NEVER).reshape(C, K, G * Q, page_size)
-        owns_RC = (row_C == jnp.arange(R)[:, None]) & (visit_C < ends_R[-1])
+        owns_RC = (row_C[None] == jnp.arange(R)[:, None]) & (visit_C < ends_R[-1])[None]
         top_new = jnp.maximum(top_RKX, jnp.where(owns_RC[:, :, None, None], scores.max(-1)[None], NEVER).max(1))
         weights = jnp.where(scores > NEVER, jnp.exp(scores - top_new[row_C][..., None]), 0)
         v_CKSH = jnp.where(real_CS[:, None, :, None], take(pages.v), 0)

@@ -28,10 +28,15 @@ def _matmul_rows(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
 matmul = Op("matmul", reference=_matmul, fast={"two_rows": (("cpu",), _matmul_rows)})
 
 
+def _along(x: jax.Array, vector_D: jax.Array) -> jax.Array:
+    """A vector in float32, to be applied along the last axis of `x`."""
+    return jnp.expand_dims(vector_D.astype(jnp.float32), tuple(range(x.ndim - 1)))
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
     """Root-mean-square norm over the last axis, times `offset + weight` (Zhang and Sennrich, 2019)."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * (offset + weight.astype(jnp.float32))
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * (offset + _along(x, weight))
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
@@ -39,7 +44,7 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-    return x * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+    return x * _along(x, weight) + _along(x, bias)
 
 
 def rope(x_TNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array:

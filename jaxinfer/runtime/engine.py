@@ -114,11 +114,15 @@ class Engine:
             plan = None
             try:
                 plan = self.scheduler.plan()
+                if plan and flying and not self.executables.ready(*_shape(plan)):
+                    plan, late = flying.plan, plan
+                    self._commit(flying)  # nobody should wait for a compile to see tokens that are there
+                    plan, flying = late, None
                 ahead = self._dispatch(plan) if plan else None
-                failed, flying = flying, ahead
-                if failed:
-                    plan = failed.plan
-                    self._commit(failed)
+                last, flying = flying, ahead
+                if last:
+                    plan = last.plan
+                    self._commit(last)
             except Exception as error:
                 flying = None
                 self._recover(plan, error)
@@ -131,7 +135,7 @@ class Engine:
         del self.state, self.params
 
     def _dispatch(self, plan: Plan) -> Flight:
-        rows, tokens = len(plan.rows), sum(len(row.tokens) for row in plan.rows)
+        tokens, rows = _shape(plan)
         now = time.perf_counter()
         for row in plan.rows:
             if row.start == 0:
@@ -161,3 +165,8 @@ class Engine:
             failure.__cause__ = error
             self.tell(News(sequence, ended="failed", error=failure))
         self._reset()
+
+
+def _shape(plan: Plan) -> tuple[int, int]:
+    """A step's tokens and rows."""
+    return sum(len(row.tokens) for row in plan.rows), len(plan.rows)

@@ -29,7 +29,9 @@ from jaxinfer.runtime.language import LanguageModel
 from jaxinfer.scheduler import Scheduler
 
 DTYPES = ("float32", "bfloat16")
-MAX_CONTEXT, MAX_ROWS, SHARE = 4096, 32, 0.5
+MAX_CONTEXT, MAX_ROWS = 4096, 32
+SHARE = 0.5  # of the free memory may go to a model whose user names no budget,
+CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing more would be felt at start-up
 
 
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
@@ -44,9 +46,10 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     `dtype`: "float32" or "bfloat16" for weights and KV pages; by default float32 if the checkpoint is, else bfloat16.
     `max_context`: the longest prompt and answer, in tokens; by default the model's own limit, at most 4,096.
     `max_rows`: sequences that run at once. `memory`: bytes for weights, pages and temporaries, as a number or a text
-    such as "8GiB"; by default at most half of what is free. KV pages are made for `max_rows` full contexts if they
-    fit, and fewer otherwise. `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a
-    `jax.Device`; by default JAX's first.
+    such as "8GiB"; by default at most half of what is free, and at most 512 MiB of KV pages on the CPU. Pages are made
+    for `max_rows` full contexts if they fit, and fewer otherwise: then a request may have to wait for pages.
+    `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a `jax.Device`; by default JAX's
+    first.
 
     Raises ModelNotFound, DownloadFailed, CorruptFile, UnsupportedModel, CheckpointMismatch (all problems of the
     weights at once), InvalidOption, OutOfMemory.
@@ -71,6 +74,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     groups = planning.page_groups(
         model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
         budget=budget or int(SHARE * planning.available(place)), why=why,
+        most=CPU_PAGES if budget is None and place.platform == "cpu" else None,
     )
     executables = Executables(
         model, ladder, params=planning.abstract_params(model, number), max_rows=max_rows, device=place,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.errors import InvalidOption, OutOfMemory
-from jaxinfer.graph import Graph, Leaf, Pages, State
+from jaxinfer.graph import Graph, Leaf, State
 from jaxinfer.kernels import init_pages
 from jaxinfer.scheduler import PageGroup
 
@@ -66,8 +65,9 @@ def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
 
 
 def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, budget: int,
-                why: str) -> tuple[PageGroup, ...]:
-    """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights.
+                why: str, most: int | None = None) -> tuple[PageGroup, ...]:
+    """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights,
+    or what `most` bytes hold (but one full context at least).
 
     Raises OutOfMemory, with the numbers, when not even one sequence of `max_context` tokens fits. `why` says where
     the budget came from.
@@ -83,6 +83,8 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
         page_bytes[group.name] = numbers * jnp.dtype(dtype).itemsize
     per_row = sum(one[name] * page_bytes[name] for name in one)
     rows = min(max_rows, (budget - weights - scratch) / per_row)
+    if most is not None:
+        rows = min(rows, max(1.0, most / per_row))
     if rows < 1:
         mib = lambda n: f"{n / 2**20:,.0f} MiB"
         raise OutOfMemory(
@@ -96,15 +98,13 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
 
 
 def empty_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any, device: jax.Device) -> State:
-    """The device's pages. On the CPU they alias fresh mappings, which take memory only as they are written."""
-    def pages(group, size):
-        if device.platform != "cpu":
-            with jax.default_device(device):
-                return init_pages(size, PAGE_SIZE, group.kv_heads, group.head_width, dtype)
-        abstract = jax.eval_shape(lambda: init_pages(size, PAGE_SIZE, group.kv_heads, group.head_width, dtype))
-        return Pages(*(jax.device_put(_mapped(x.shape, x.dtype), device) for x in abstract))
+    """The device's pages, zero. Made by XLA: memory of the host's that it merely aliases would be copied when the
+    first step donates it."""
+    def pages(g, p):
+        return init_pages(p.pages, PAGE_SIZE, g.kv_heads, g.head_width, dtype)
 
-    return {g.name: [pages(g, p.pages) for _ in range(g.layers)] for g, p in zip(graph.groups, groups, strict=True)}
+    with jax.default_device(device):
+        return {g.name: [pages(g, p) for _ in range(g.layers)] for g, p in zip(graph.groups, groups, strict=True)}
 
 
 def abstract_params(graph: Graph, dtype: Any) -> Any:
@@ -119,8 +119,3 @@ def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any) -> S
         return jax.eval_shape(lambda: init_pages(p.pages, PAGE_SIZE, g.kv_heads, g.head_width, dtype))
 
     return {g.name: [pages(g, p)] * g.layers for g, p in zip(graph.groups, groups, strict=True)}
-
-
-def _mapped(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
-    return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=dtype, count=int(np.prod(shape))).reshape(shape)
