@@ -4,9 +4,12 @@ often a sequence loses its pages, each one draws what it would have drawn alone.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import deque
+from dataclasses import asdict
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -87,17 +90,18 @@ class Device:
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """Requests come, are cancelled and lose their device, in any order, on an engine that dispatches a step before
-    it reads back the last."""
+    """Requests come, are cancelled and lose their device, in any order, on an engine that dispatches up to `ahead`
+    steps before it reads back the first of them."""
 
-    @initialize(house=houses())
-    def open(self, house):
+    @initialize(house=houses(), ahead=st.integers(1, 3))
+    def open(self, house, ahead):
         self.groups = house.groups
         self.scheduler = Scheduler(house.groups, max_rows=house.max_rows, chunk=house.chunk)
         self.device = Device(house.groups, house.max_rows)
-        self.flying: tuple[Plan, list[int]] | None = None
+        self.ahead, self.flying = ahead, deque[tuple[Plan, list[int]]]()
         self.all: list[Sequence] = []
         self.expected: dict[int, list[int]] = {}
+        self.length: dict[int, int] = {}
         self.ended: dict[int, str] = {}
         self.begun: set[int] = set()
         self.waited: dict[int, int] = {}
@@ -112,7 +116,7 @@ class AnyHistory(RuleBasedStateMachine):
         id = len(self.all)
         tokens = alone(self.groups, [VOCAB + 100 * id + i for i in range(prompt)], most)
         stops = frozenset(tokens[prompt:][stop_at:stop_at + 1])
-        self.expected[id] = tokens[:prompt + min(stop_at + 1, most)]
+        self.expected[id], self.length[id] = tokens, prompt + min(stop_at + 1, most)
         self.all.append(Sequence(id, tokens[:prompt], prompt, Sampling(max_tokens=most), stops))
         self.scheduler.submit(self.all[-1])
 
@@ -135,23 +139,19 @@ class AnyHistory(RuleBasedStateMachine):
         assert self.scheduler.cancel(id) is None, "cancelled twice"
 
     @precondition(lambda self: self.flying)
-    @rule(dispatching=st.booleans(), ahead=st.booleans())
-    def fail(self, dispatching, ahead):
-        """The step being dispatched fails, or the one being read back does, with the next one dispatched or not."""
-        plan = self._plan() if dispatching or ahead else None
-        if not dispatching:
-            if plan:
-                self.device.run(plan, self.expected)
-            plan = self.flying[0]
-        self._fail(plan)
+    @rule(dispatching=st.booleans())
+    def fail(self, dispatching):
+        """The step being dispatched fails, or the one being read back does."""
+        self._fail(self._plan() if dispatching else self.flying[0][0])
 
     # What must hold.
 
     def _step(self):
         plan = self._plan()
-        ahead = (plan, self.device.run(plan, self.expected)) if plan else None
-        self._commit()
-        self.flying = ahead
+        if plan:
+            self.flying.append((plan, self.device.run(plan, self.expected)))
+        if len(self.flying) > self.ahead or not plan:
+            self._commit()
 
     def _plan(self) -> Plan | None:
         running = [s for s in self.scheduler.running if s.wants]
@@ -190,14 +190,13 @@ class AnyHistory(RuleBasedStateMachine):
 
     def _commit(self):
         if self.flying:
-            for drawn in self.scheduler.commit(*self.flying):
+            for drawn in self.scheduler.commit(*self.flying.popleft()):
                 assert drawn.token == drawn.sequence.tokens[-1] and drawn.ended == drawn.sequence.ended
                 if drawn.ended:
                     self._end(drawn.sequence, drawn.ended)
-            self.flying = None
 
     def _fail(self, plan: Plan | None):
-        self.flying = None
+        self.flying.clear()
         self.device.lose_everything()
         twice = {row.sequence for row in plan.rows if self.all[row.sequence].failures} if plan else set()
         ended = self.scheduler.rewind(plan)
@@ -231,7 +230,7 @@ class AnyHistory(RuleBasedStateMachine):
     @invariant()
     def every_token_is_the_one_it_would_be_alone(self):
         for s in self.all:
-            assert s.tokens == self.expected[s.id][:len(s.tokens)]
+            assert s.tokens == self.expected[s.id][:len(s.tokens)] and len(s.tokens) <= self.length[s.id]
 
     def teardown(self):
         """Left alone, every sequence comes to its end, in about as many steps as it has tokens."""
@@ -240,21 +239,90 @@ class AnyHistory(RuleBasedStateMachine):
         for _ in range(10 + 10 * sum(map(len, self.expected.values()))):
             if not (self.scheduler.sequences or self.flying):
                 break
-            idle = self.flying is None
+            idle = not self.flying
             self._step()
             assert self.flying or not idle, "sequences wait, and nothing runs"
         assert not self.scheduler.sequences, "sequences starve"
         self.every_page_is_free_or_held_by_those_that_list_it()
         for s in self.all:
             if self.ended[s.id] in ("stop", "length"):
-                assert s.tokens == self.expected[s.id]
+                assert len(s.tokens) == self.length[s.id]
                 assert self.ended[s.id] == ("stop" if s.tokens[-1] in s.stops else "length")
 
 
 class TestAnyHistory(AnyHistory.TestCase):
-    settings = settings(stateful_step_count=40)
+    settings = settings(max_examples=10 * settings().max_examples, stateful_step_count=40)
 
 
 @pytest.mark.long
 class TestMoreHistories(AnyHistory.TestCase):
     settings = settings(stateful_step_count=100)
+
+
+def begin(scheduler: Scheduler, id: int, prompt: int, **options) -> Sequence:
+    sequence = Sequence(id, list(range(prompt)), prompt, Sampling(**options))
+    scheduler.submit(sequence)
+    return sequence
+
+
+def finish(scheduler: Scheduler) -> list[Plan]:
+    """Run to the end, one step at a time; what is drawn does not matter."""
+    plans = []
+    while plan := scheduler.plan():
+        scheduler.commit(plan, [0] * len(plan.rows))
+        plans.append(plan)
+    return plans
+
+
+@given(page_size=st.integers(1, 4), window=st.one_of(st.none(), st.integers(1, 9)), chunk=st.integers(1, 9),
+       prompt=st.integers(1, 30), max_tokens=st.integers(1, 30))
+@settings(max_examples=200)
+def test_a_sequence_that_fits_comes_to_its_end_alone(page_size, window, chunk, prompt, max_tokens):
+    for pages in range(1, 70):
+        scheduler = Scheduler([PageGroup("kv", page_size, pages, window)], max_rows=1, chunk=chunk)
+        if scheduler.fits(prompt + max_tokens):
+            break
+    sequence = begin(scheduler, 0, prompt, max_tokens=max_tokens)
+    finish(scheduler)
+    assert sequence.ended == "length" and not scheduler.preempted
+
+
+def test_a_window_needs_pages_for_what_it_shows_however_long_the_sequence_gets():
+    scheduler = Scheduler([PageGroup("kv", 4, 5, window=8)], max_rows=1, chunk=8)
+    assert scheduler.fits(10_000) and not Scheduler([PageGroup("kv", 4, 5)], max_rows=1, chunk=8).fits(21)
+    sequence = begin(scheduler, 0, 100, max_tokens=100)
+    finish(scheduler)
+    assert len(sequence.tokens) == 200 and scheduler.pools["kv"].free == 5
+
+
+def test_the_youngest_gives_its_pages_back_and_is_read_again():
+    scheduler = Scheduler([PageGroup("kv", 1, 12)], max_rows=2, chunk=4)
+    old, young = begin(scheduler, 0, 2, max_tokens=8), begin(scheduler, 1, 2, max_tokens=8)
+    plans = finish(scheduler)
+    assert scheduler.preempted == 1 and (old.ended, young.ended) == ("length", "length")
+    starts = [row.start for plan in plans for row in plan.rows if row.sequence == 0]
+    assert starts == sorted(starts), "the older one was read again"
+    rows = [row for plan in plans for row in plan.rows if row.sequence == 1]
+    assert [row.count for row in rows if row.draws] == list(range(8)), "a draw was lost or repeated"
+
+
+def test_a_sequence_whose_step_fails_twice_fails_and_its_neighbour_does_not():
+    scheduler = Scheduler([PageGroup("kv", 4, 20)], max_rows=2, chunk=4)
+    bad, good = begin(scheduler, 0, 3, max_tokens=2), begin(scheduler, 1, 3, max_tokens=2)
+    assert scheduler.rewind(scheduler.plan()) == []
+    assert scheduler.rewind(scheduler.plan()) == [bad] and bad.ended == "failed"
+    finish(scheduler)
+    assert good.ended == "length" and good.failures == 0 and scheduler.pools["kv"].free == 20
+
+
+def test_a_plan_is_plain_data():
+    """Other hosts can be told of it: it survives JSON."""
+    scheduler = Scheduler([PageGroup("kv", 4, 20), PageGroup("near", 4, 20, 6)], max_rows=2, chunk=4)
+    begin(scheduler, 0, 9, max_tokens=2, temperature=0.5, seed=3, stop=("end",))
+    def restored(row):
+        pages = {name: tuple(map(tuple, new)) for name, new in row["pages"].items()}
+        sampling = {k: tuple(v) if isinstance(v, list) else v for k, v in row["sampling"].items()}
+        return Row(**row | {"tokens": tuple(row["tokens"]), "pages": pages, "sampling": Sampling(**sampling)})
+    for plan in finish(scheduler):
+        heard = json.loads(json.dumps(asdict(plan)))
+        assert Plan(heard["number"], tuple(map(restored, heard["rows"]))) == plan

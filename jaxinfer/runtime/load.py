@@ -82,11 +82,11 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         table_width={group.name: -(-context // group.page_size) for group in groups},
     )
     try:
-        # The first prompt and the first decode step compile while the weights are read.
-        executables.prepare(ladder.buckets[0], ladder.fit(1, 1))
+        executables.prepare(ladder.buckets[0])  # the first prompt's step compiles while the weights are read,
         tokenizer = _tokenizer(checkpoint)
         params = load_params(model, checkpoint.tensors, dtype=number, source=checkpoint.source,
                              put=partial(jax.device_put, device=place))
+        executables.prepare(ladder.fit(1, 1))  # the next tokens' while the first prompt runs
     except BaseException:
         executables.close()
         raise
