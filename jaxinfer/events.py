@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,12 +49,17 @@ class RequestEnded:
 
 Event = Progress | Compiling | Missed | RequestEnded
 _observers: tuple[Callable[[Event], None], ...] = ()
+_lock = threading.Lock()
 
 
 def emit(event: Event) -> None:
-    """Hand `event` to every observer, in the caller's thread."""
+    """Hand `event` to every observer, in the caller's thread. One that raises is reported on stderr: a watcher must
+    not harm what it watches."""
     for observer in _observers:
-        observer(event)
+        try:
+            observer(event)
+        except Exception:
+            traceback.print_exc()
 
 
 @contextmanager
@@ -65,8 +72,10 @@ def observe(observer: Callable[[Event], None]) -> Iterator[None]:
     'forward[T=8]'
     """
     global _observers
-    _observers = (*_observers, observer)
+    with _lock:
+        _observers = (*_observers, observer)
     try:
         yield
     finally:
-        _observers = tuple(o for o in _observers if o is not observer)
+        with _lock:
+            _observers = tuple(o for o in _observers if o is not observer)

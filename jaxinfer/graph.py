@@ -155,7 +155,9 @@ def forward(graph: Graph, params: Params, state: State, last_S: jax.Array, run: 
     run = Run(tokens_T, run.cu_q_lens, run.kv_lens_R, run.slot_R, run.tables, run.longest)
     x_TD, pages = graph.embed(params, run), {group.name: iter(state[group.name]) for group in graph.groups}
     written: State = {group.name: [] for group in graph.groups}
-    traced = {block.apply: jax.jit(block.apply) for block in graph.blocks}  # layers that share a function: traced once
+    # Layers that share a function are traced once; a fresh partial, since JAX would also share the trace with steps
+    # for other platforms.
+    traced = {block.apply: jax.jit(partial(block.apply)) for block in graph.blocks}
     for block, layer in zip(graph.blocks, params["blocks"], strict=True):
         x_TD, new = traced[block.apply](layer, next(pages[block.group]), x_TD, run)
         written[block.group].append(new)

@@ -126,7 +126,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Output:
-    """A finished request. `finish_reason`: "stop" (a stop token or string), "length", "cancelled" or "failed"."""
+    """A finished request. `finish_reason`: "stop" (a stop token or string) or "length"; a request that is cancelled or
+    fails has no Output."""
 
     prompt_tokens: tuple[int, ...]
     text: str

@@ -49,6 +49,12 @@ class RaggedRun:
     def ends(self) -> list[int]:
         return np.cumsum(self.lens).tolist()
 
+    @property
+    def tokens(self) -> list[tuple[tuple[int, ...], int]]:
+        """The page table and the position of each real token."""
+        rows = zip(self.tables, self.cached, self.lens, strict=True)
+        return [(table, at) for table, cached, n in rows for at in range(cached, cached + n)]
+
     def run(self, junk: int) -> Run:
         """The Run, with `junk` in all of its tables that no row may look at."""
         shape, real = self.shape, len(self.lens)

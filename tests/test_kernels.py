@@ -1,5 +1,7 @@
-"""Every kernel equals its reference, and padding is inert: fixed shapes, random data, poison wherever nothing is."""
+"""Every kernel equals plain float64 numpy, and padding is inert: fixed shapes, random data, poison wherever nothing
+is. Axes as in `kernels.attention`."""
 
+from dataclasses import dataclass
 from functools import cache, partial
 
 import jax
@@ -9,85 +11,129 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.graph import Pages, Run
+from jaxinfer.graph import Pages
 from jaxinfer.kernels import attend, layer_norm, matmul, rms_norm, rope
 from jaxinfer.kernels.attention import write
+from tests.strategies import DECODE, GROUP, MIXED, PROMPT, SEEDS, RaggedRun, RunShape, ragged_runs
 
 pytestmark = pytest.mark.usefixtures("strict")
-PAGE, P, K, G, H = 16, 6, 2, 3, 16
-# rows, tokens and longest row of a padded step: decode, one prompt, a mix of both
-SHAPES = {"decode": (4, 4, 1), "prompt": (1, 24, 24), "mix": (4, 40, 20)}
+H, SCALE = 8, 0.4
+JUNK = (-(2**31), 2**31 - 1)  # what tables hold where nobody may look
 
 
-@st.composite
-def runs(draw, shape):
-    """(Run, number of real tokens, written slots [pages, PAGE] before the step); pages are shared by no two rows."""
-    R, T, longest = SHAPES[shape]
-    rows = draw(st.integers(1, R))
-    most = min(longest, T // rows)
-    lens = [draw(st.integers(1, most)) for _ in range(rows)]
-    ends = [draw(st.integers(n, P * PAGE)) for n in lens]
-    pages = draw(st.permutations(range(R * P + 2)))
-    table = np.asarray(pages[: R * P], np.int32).reshape(R, P)
-    before = np.zeros((R * P + 2, PAGE), bool)
-    for r in range(rows):
-        for at in range(ends[r] - lens[r]):
-            before[table[r, at // PAGE], at % PAGE] = True
-        table[r, -(-ends[r] // PAGE):] = draw(st.integers(-(2**31), 2**31 - 1))  # junk past the row's pages
-    cu_q_lens = np.full(R + 1, sum(lens), np.int32)
-    cu_q_lens[: rows + 1] = np.concatenate([[0], np.cumsum(lens)])
-    kv_lens_R = np.array(ends + [0] * (R - rows), np.int32)
-    run = Run(np.zeros(T, np.int32), cu_q_lens, kv_lens_R, np.zeros(R, np.int32), {"g": table}, longest)
-    return jax.tree.map(jnp.asarray, run), sum(lens), before
+@dataclass(frozen=True)
+class Case:
+    """What is compiled: a shape, N query heads on K KV heads, and how scores are masked and capped."""
+
+    shape: RunShape
+    heads: tuple[int, int]
+    window: int | None = None
+    cap: float | None = None
+    dtype: str = "float32"
+
+    @cache  # noqa: B019, one compile per case and implementation
+    def attend(self, how: str):
+        step = partial(attend, group=GROUP, scale=SCALE, window=self.window, softcap=self.cap, how=how)
+        return jax.jit(step)
 
 
-@cache
-def compiled(how, window, cap):
-    step = partial(attend, group="g", scale=0.25, window=window, softcap=cap, how=how)
-    return jax.jit(step)
+CASES = {
+    "decode": Case(DECODE, (6, 2)),
+    "decode in a window": Case(DECODE, (4, 4), window=6, dtype="bfloat16"),
+    "prompt": Case(PROMPT, (4, 2), cap=3.0, dtype="bfloat16"),
+    "prompt in a window": Case(PROMPT, (3, 1), window=1),
+    "mixed": Case(MIXED, (4, 2), dtype="bfloat16"),
+    "mixed in a window": Case(MIXED, (6, 2), window=7, cap=5.0),
+}
 
 
-@pytest.mark.parametrize(("window", "cap", "dtype"),
-                         [(None, None, "float32"), (7, 5.0, "float32"), (40, None, "bfloat16")])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("how", [how for how in attend.available("cpu") if how != "reference"])
+@dataclass(frozen=True)
+class Numbers:
+    """Random operands of a run, rounded to the pages' dtype: q, k and v of its real tokens, and what its rows have
+    read before, in pages [pages, K, S, H] with NaN in every slot that nobody has written."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    pages: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, ragged: RaggedRun, heads: tuple[int, int], dtype: str) -> "Numbers":
+        rng, shape, (N, K) = np.random.default_rng(ragged.seed), ragged.shape, heads
+        draw = lambda *of: np.asarray(jnp.asarray(rng.normal(size=of) * 2, dtype), np.float32)
+        written = np.zeros((shape.pages, shape.S), bool)
+        for cached, first, table in zip(ragged.cached, ragged.first, ragged.tables, strict=True):
+            for at in range(first * shape.S, cached):
+                written[table[at // shape.S], at % shape.S] = True
+        pages = (np.where(written[:, None, :, None], draw(shape.pages, K, shape.S, H), np.nan) for _ in "kv")
+        T = ragged.ends[-1]
+        return cls(draw(T, N, H), draw(T, K, H), draw(T, K, H), tuple(pages))
+
+    def padded(self, shape: RunShape, poison: float, dtype: str) -> tuple:
+        """q, k, v and Pages for the op, with `poison` in padded tokens and in unwritten slots."""
+        pad = lambda x: np.concatenate([x, np.full((shape.tokens - len(x), *x.shape[1:]), poison, np.float32)])
+        fill = lambda page: jnp.asarray(np.where(np.isnan(page), poison, page), dtype)
+        return (*(jnp.asarray(pad(x)) for x in (self.q, self.k, self.v)), Pages(*map(fill, self.pages)))
+
+    def written(self, ragged: RaggedRun) -> list[np.ndarray]:
+        """The pages after the run, keys and values."""
+        pages = [page.copy() for page in self.pages]
+        for t, (table, at) in enumerate(ragged.tokens):
+            for page, new in zip(pages, (self.k, self.v), strict=True):
+                page[table[at // ragged.shape.S], :, at % ragged.shape.S] = new[t]
+        return pages
+
+    def attended(self, ragged: RaggedRun, case: Case) -> np.ndarray:
+        """Softmax attention in float64, token by token over all that its row has read."""
+        (N, K), S, out = case.heads, ragged.shape.S, np.empty((ragged.ends[-1], case.heads[0], H))
+        k_PSKH, v_PSKH = (page.swapaxes(1, 2).astype(np.float64) for page in self.written(ragged))
+        for t, (table, at) in enumerate(ragged.tokens):
+            seen = np.arange(0 if case.window is None else max(0, at - case.window + 1), at + 1)
+            slots = np.array(table)[seen // S], seen % S
+            k_SNH, v_SNH = np.repeat(k_PSKH[slots], N // K, 1), np.repeat(v_PSKH[slots], N // K, 1)
+            scores = np.einsum("nh,snh->ns", self.q[t], k_SNH) * SCALE
+            scores = scores if case.cap is None else case.cap * np.tanh(scores / case.cap)
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            out[t] = np.einsum("ns,snh->nh", weights / weights.sum(1, keepdims=True), v_SNH)
+        return out
+
+
+@pytest.mark.parametrize("name", CASES)
 @given(data=st.data())
-def test_attention_equals_its_reference_whatever_the_padding_holds(how, shape, window, cap, dtype, data):
-    run, real, before = data.draw(runs(shape))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    T = run.tokens_T.shape[0]
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32) * 3
-    q, k, v, kp, vp = draw(T, K * G, H), draw(T, K, H), draw(T, K, H), draw(26, K, PAGE, H), draw(26, K, PAGE, H)
-    size = run.tables["g"].shape[0] * P + 2
-
-    def outputs(how, poison):
-        junk = lambda x: np.concatenate([x[:real], np.full_like(x[real:], poison)])
-        fill = lambda page: jnp.asarray(np.where(before[:, None, :, None], page[:size], poison), dtype)
-        pages = Pages(fill(kp), fill(vp))
-        out, new = compiled(how, window, cap)(*(jnp.asarray(junk(x)) for x in (q, k, v)), pages, run)
-        return np.asarray(out)[:real], [np.asarray(x, np.float32) for x in new]
-
-    expected, written = outputs("reference", np.nan)
-    found, also_written = outputs(how, np.nan)
-    assert np.isfinite(expected).all()
-    np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == "float32" else 3e-2)
-    for one, other in zip(written, also_written, strict=True):
-        np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(outputs(how, 1e4)[0], found)
+def test_attention_sees_what_its_row_has_read_and_nothing_else(name, data):
+    case = CASES[name]
+    ragged = data.draw(ragged_runs(case.shape, case.window))
+    numbers = Numbers.of(ragged, case.heads, case.dtype)
+    expected, real = numbers.attended(ragged, case), ragged.ends[-1]
+    for how in attend.available("cpu"):
+        outputs = []
+        for poison, junk in zip((np.nan, 4096.0), JUNK, strict=True):
+            q, k, v, pages = numbers.padded(case.shape, poison, case.dtype)
+            out, after = case.attend(how)(q, k, v, pages, ragged.run(junk))
+            outputs.append(np.asarray(out)[:real])
+            for found, page in zip(after, numbers.written(ragged), strict=True):
+                np.testing.assert_array_equal(np.asarray(found, np.float32), np.where(np.isnan(page), poison, page))
+        np.testing.assert_array_equal(*outputs, err_msg="padding is not inert")
+        np.testing.assert_allclose(outputs[0], expected, atol=2e-5 if case.dtype == "float32" else 6e-2)
 
 
-@given(data=st.data(), shape=st.sampled_from(sorted(SHAPES)))
-def test_writing_touches_the_slots_of_real_tokens_and_no_other(data, shape):
-    run, real, before = data.draw(runs(shape))
-    pages = Pages(*[jnp.zeros((before.shape[0], K, PAGE, H))] * 2)
-    k = jnp.ones((run.tokens_T.shape[0], K, H))
-    for how in write.available("cpu"):
-        new = np.asarray(write(pages, k, k, run, "g", how=how).k)
-        assert new.sum() == real * K * H and set(np.unique(new)) <= {0.0, 1.0}
-        assert not new.transpose(0, 2, 1, 3)[before].any()
+@pytest.mark.parametrize("how", write.available("cpu"))
+@given(data=st.data())
+def test_writing_touches_the_slots_of_real_tokens_and_no_other(how, data):
+    ragged = data.draw(ragged_runs(MIXED))
+    numbers = Numbers.of(ragged, (2, 2), "float32")
+    _, k, v, pages = numbers.padded(MIXED, 4096.0, "float32")
+    after = jitted_write(pages, k, v, ragged.run(JUNK[data.draw(st.integers(0, 1))]), how)
+    for found, page in zip(after, numbers.written(ragged), strict=True):
+        np.testing.assert_array_equal(found, np.where(np.isnan(page), 4096.0, page))
 
 
-@given(seed=st.integers(0, 2**32 - 1), rows=st.sampled_from([1, 2, 5]))
+@partial(jax.jit, static_argnames="how")
+def jitted_write(pages, k, v, run, how):
+    return write(pages, k, v, run, GROUP, how=how)
+
+
+@given(seed=SEEDS, rows=st.sampled_from([1, 2, 5]))
 def test_matmul_takes_one_row_as_it_takes_many(seed, rows):
     rng = np.random.default_rng(seed)
     x, w = rng.normal(size=(rows, 64)).astype(np.float32), rng.normal(size=(48, 64)).astype(np.float32)
@@ -99,7 +145,7 @@ def test_matmul_takes_one_row_as_it_takes_many(seed, rows):
         np.testing.assert_allclose(half, rounded[0] @ rounded[1].T, atol=1e-4)
 
 
-@given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+@given(seed=SEEDS, scale=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_norms_equal_float64(seed, scale):
     rng = np.random.default_rng(seed)
     x, w, b = rng.normal(size=(5, 32)) * scale, rng.normal(size=32), rng.normal(size=32)
@@ -111,7 +157,7 @@ def test_norms_equal_float64(seed, scale):
     np.testing.assert_allclose(layer_norm(f(x), f(w), f(b), 1e-5), layer, rtol=2e-4, atol=2e-4)
 
 
-@given(seed=st.integers(0, 2**32 - 1), width=st.sampled_from([8, 16]))
+@given(seed=SEEDS, width=st.sampled_from([8, 16]))
 def test_rope_turns_pairs_as_complex_numbers(seed, width):
     rng = np.random.default_rng(seed)
     x, angle = rng.normal(size=(3, 2, 16)), rng.normal(size=(3, width // 2))

@@ -1,7 +1,6 @@
 """Sampling on the device: each row by its own rules, and by nobody else's."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given

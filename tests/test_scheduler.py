@@ -182,9 +182,10 @@ class AnyHistory(RuleBasedStateMachine):
         step of the other kind."""
         first = next((id for id in reading if self.all[id].slot is not None), None)
         assert not planned & set(reading) - {first}, "an older prompt is not read to its end"
-        for id in (*decoding, *reading):
+        self.waited = {id: self.waited.get(id, 0) for id in (*decoding, *reading)}  # who lost its place starts anew
+        for id in self.waited:
             ready = self.all[id].slot is not None and (id in decoding or id == first)
-            self.waited[id] = self.waited.get(id, 0) + 1 if ready and id not in planned else 0
+            self.waited[id] = self.waited[id] + 1 if ready and id not in planned else 0
             assert self.waited[id] <= 1, f"{id} waited for more than one step of the other kind"
             assert planned or not ready, "nothing was planned, although a sequence could run"
 
@@ -313,6 +314,20 @@ def test_a_sequence_whose_step_fails_twice_fails_and_its_neighbour_does_not():
     assert scheduler.rewind(scheduler.plan()) == [bad] and bad.ended == "failed"
     finish(scheduler)
     assert good.ended == "length" and good.failures == 0 and scheduler.pools["kv"].free == 20
+
+
+def test_after_a_lost_device_everybody_is_read_again_in_order():
+    scheduler = Scheduler([PageGroup("kv", 4, 30)], max_rows=3, chunk=8)
+    for id in range(5):
+        begin(scheduler, id, 3, max_tokens=4)
+    for _ in range(5):
+        plan = scheduler.plan()
+        scheduler.commit(plan, [0] * len(plan.rows))
+    assert [s.id for s in scheduler.running] == [0, 1, 2]
+    scheduler.rewind()
+    assert [s.id for s in scheduler.waiting] == list(range(5)) and scheduler.pools["kv"].free == 30
+    again = [row.sequence for plan in finish(scheduler) for row in plan.rows if row.start == 0]
+    assert again == list(range(5))
 
 
 def test_a_plan_is_plain_data():

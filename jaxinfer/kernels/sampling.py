@@ -51,7 +51,7 @@ def _draw(logits_V: jax.Array, how: Draws) -> jax.Array:
     keep_V = keys_V >= _threshold(keys_V, lambda above_V: above_V.sum(dtype=jnp.int32) >= k)
     probs_V = jax.nn.softmax(jnp.where(keep_V, scaled_V, -jnp.inf))
     mass = _threshold(keys_V, lambda above_V: jnp.where(above_V, probs_V, 0).sum() >= how.top_p)
-    keep_V &= (keys_V >= mass) | (how.top_p >= 1)
+    keep_V &= (keys_V >= jnp.minimum(mass, keys_V.max())) | (how.top_p >= 1)  # the likeliest token always stays
     keep_V &= probs_V >= how.min_p * probs_V.max()
     key = jax.random.fold_in(jax.random.key(how.seed), how.count)
     drawn = jnp.argmax(jnp.where(keep_V, scaled_V + jax.random.gumbel(key, scaled_V.shape), -jnp.inf))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jaxinfer import events
+from jaxinfer.errors import Closed
 from jaxinfer.frontend.tokenizer import TextStream, Tokenizer
 from jaxinfer.request import FinishReason, Output, Piece, Sequence, Timings
 from jaxinfer.runtime.engine import News
@@ -73,13 +74,16 @@ class Delivery:
         now = time.perf_counter()
         self._tickets[sequence.id] = Ticket(sequence, self._tokenizer.stream(), deliver, now)
 
-    def forget(self, id: int) -> None:
-        """Close a ticket without a word: whoever waited has gone."""
-        self._tickets.pop(id, None)
+    def abandon(self, id: int) -> None:
+        """End a request whose caller has gone; nothing is delivered any more."""
+        ticket = self._tickets.get(id)
+        if ticket:
+            self._leave(ticket, "cancelled")
 
     def close(self) -> None:
         self._news.put(None)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def _loop(self) -> None:
         while (news := self._news.get()) is not None:
@@ -92,14 +96,23 @@ class Delivery:
                 self._fail(ticket, error)
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
-        self.forget(ticket.sequence.id)
-        if ticket.sequence.ended is None:
-            self.cancel(ticket.sequence.id, "failed")
-        self._ended(ticket, "failed")
         try:
             ticket.deliver(error)
         except Exception:
             pass  # the callback is what failed
+        self._leave(ticket, "failed")
+
+    def _leave(self, ticket: Ticket, reason: FinishReason) -> None:
+        """Close a ticket, and end its sequence if it still runs."""
+        if self._tickets.pop(ticket.sequence.id, None) is None:
+            return
+        if ticket.sequence.ended is None:
+            try:
+                self.cancel(ticket.sequence.id, reason)
+            except Closed:
+                pass  # the engine ends everything by itself
+        sequence = ticket.sequence
+        events.emit(events.RequestEnded(sequence.id, reason, sequence.prompt, len(ticket.tokens)))
 
     def _handle(self, ticket: Ticket, news: News) -> None:
         if news.error is not None:
@@ -119,11 +132,7 @@ class Delivery:
         if reason and not stopped:
             more, stopped = ticket.add(ticket.text.finish(), final=True)
             show += more
-        if stopped:
-            if reason is None:
-                self.cancel(ticket.sequence.id, "stop")
-            reason = "stop"
-        self._show(ticket, show, reason)
+        self._show(ticket, show, "stop" if stopped else reason)
 
     def _show(self, ticket: Ticket, text: str, reason: FinishReason | None) -> None:
         if text:
@@ -133,15 +142,10 @@ class Delivery:
                 ticket.deliver(Piece(text, tuple(ticket.fresh)))
                 ticket.fresh.clear()
             return
-        self.forget(ticket.sequence.id)
         end, start = time.perf_counter(), ticket.submitted
         read, first = ticket.read_at or end, ticket.first_at or end
         times = Timings(read - start, first - start, end - start, len(ticket.tokens))
         prompt = tuple(ticket.sequence.tokens[: ticket.sequence.prompt])
         output = Output(prompt, "".join(ticket.shown), tuple(ticket.tokens), reason, times)
-        self._ended(ticket, reason)
         ticket.deliver(Piece(text, tuple(ticket.fresh), output))
-
-    def _ended(self, ticket: Ticket, reason: FinishReason) -> None:
-        sequence = ticket.sequence
-        events.emit(events.RequestEnded(sequence.id, reason, sequence.prompt, len(ticket.tokens)))
+        self._leave(ticket, reason)

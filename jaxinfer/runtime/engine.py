@@ -59,6 +59,7 @@ class Engine:
         self._thread.start()
 
     def _reset(self) -> None:
+        self.state = self.last_S = None  # the old pool goes before the new one comes
         self.state = self._make_state()
         self.last_S = jax.device_put(jnp.zeros(self.scheduler.max_rows, jnp.int32), self._device)
 
@@ -100,6 +101,22 @@ class Engine:
     # In the engine's thread.
 
     def _loop(self) -> None:
+        error: BaseException = Closed("the model was closed while this request was waiting or running")
+        try:
+            self._run()
+        except BaseException as unexpected:
+            error = StepFailed(f"the engine stopped: {unexpected}")
+            error.__cause__ = unexpected
+        with self._wake:
+            self._closing, actions = True, tuple(self._inbox)
+        for action in actions:
+            action()
+        for sequence in tuple(self.scheduler.sequences.values()):
+            self.scheduler.cancel(sequence.id)
+            self.tell(News(sequence, ended="cancelled", error=error))
+        self.state = self.params = None
+
+    def _run(self) -> None:
         flying: Flight | None = None
         while True:
             with self._wake:
@@ -126,26 +143,21 @@ class Engine:
             except Exception as error:
                 flying = None
                 self._recover(plan, error)
-        for sequence in tuple(self.scheduler.sequences.values()):
-            self.scheduler.cancel(sequence.id)
-            error = Closed("the model was closed while this request was waiting or running")
-            self.tell(News(sequence, ended="cancelled", error=error))
         if flying:
             jax.block_until_ready(flying.tokens_R)
-        del self.state, self.params
 
     def _dispatch(self, plan: Plan) -> Flight:
-        tokens, rows = _shape(plan)
+        tokens, rows, greedy = _shape(plan)
         now = time.perf_counter()
         for row in plan.rows:
             if row.start == 0:
                 self.tell(News(self.scheduler.sequences[row.sequence], at=now))
-        bucket = self.executables.bucket(tokens, rows)
+        bucket = self.executables.bucket(tokens, rows, greedy)
         run, remember_R, draws = self.packer.pack(plan, bucket)
         forward = self.executables.forward(bucket, tokens)
-        sample = self.executables.sample(bucket.rows, draws is None, rows)
+        sample = self.executables.sample(bucket.rows, greedy, rows)
         self.state, logits_RV = forward(self.params, self.state, self.last_S, run)
-        self.last_S, tokens_R = sample(logits_RV, self.last_S, remember_R, *([] if draws is None else [draws]))
+        self.last_S, tokens_R = sample(logits_RV, self.last_S, remember_R, *([] if greedy else [draws]))
         return Flight(plan, tokens_R)
 
     def _commit(self, flight: Flight) -> None:
@@ -167,6 +179,7 @@ class Engine:
         self._reset()
 
 
-def _shape(plan: Plan) -> tuple[int, int]:
-    """A step's tokens and rows."""
-    return sum(len(row.tokens) for row in plan.rows), len(plan.rows)
+def _shape(plan: Plan) -> tuple[int, int, bool]:
+    """A step's tokens and rows, and whether all that it draws is greedy."""
+    greedy = not any(row.draws and row.sampling.temperature > 0 for row in plan.rows)
+    return sum(len(row.tokens) for row in plan.rows), len(plan.rows), greedy

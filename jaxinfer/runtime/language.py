@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import itertools
+import operator
 import os
 import queue
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import CancelledError
+from contextlib import closing
 from typing import Any
 
 from jaxinfer.compiler import Ledger
@@ -38,8 +40,7 @@ class LanguageModel:
         self._ids = itertools.count(1)
         self._load_seconds = load_seconds
         delivery.cancel = engine.cancel
-        self._close_at_exit = weakref.WeakMethod(self.close)
-        atexit.register(_call, self._close_at_exit)
+        self._shut = weakref.finalize(self, _shut, engine, delivery)  # also when it is dropped, and at exit
 
     # Asking.
 
@@ -54,8 +55,9 @@ class LanguageModel:
     def generate(self, prompts: Prompt | Iterable[Prompt], sampling: Sampling | SequenceOf[Sampling] | None = None,
                  **options: Any) -> list[Output]:
         """The answers to many prompts, batched, in their order. `sampling` is one for all, or one for each."""
-        one = isinstance(prompts, str) or (isinstance(prompts, SequenceOf) and prompts and isinstance(prompts[0], int))
-        many: list[Prompt] = [prompts] if one else list(prompts)  # type: ignore[list-item,arg-type]
+        many: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if many and not isinstance(prompts, str) and hasattr(many[0], "__index__"):
+            many = [prompts]  # one prompt of token ids
         each = list(sampling) if isinstance(sampling, SequenceOf) else [sampling] * len(many)
         if len(each) != len(many):
             raise InvalidRequest(f"{len(each)} samplings were given for {len(many)} prompts; give one, or one for each")
@@ -114,6 +116,7 @@ class LanguageModel:
     @property
     def params(self) -> Any:
         """The weights, a pytree in the shape of `graph.spec`."""
+        self._check_open()
         return self._engine.params
 
     @property
@@ -125,16 +128,16 @@ class LanguageModel:
 
     def warmup(self) -> None:
         """Compile every bucket now, so that no request waits for a compile afterwards."""
-        if self._engine.closed:
-            raise Closed("this model is closed; load it again to use it")
-        self._engine.executables.warmup()
+        self._check_open()
+        try:
+            self._engine.executables.warmup()
+        except (CancelledError, RuntimeError):
+            self._check_open()
+            raise
 
     def close(self) -> None:
         """Give everything back: requests that still run fail with `Closed`. Closing twice does no harm."""
-        atexit.unregister(self._close_at_exit)
-        self._engine.close()
-        self._delivery.close()
-        self._engine.executables.close()
+        self._shut()
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -144,16 +147,23 @@ class LanguageModel:
 
     # Inside.
 
+    def _check_open(self) -> None:
+        if self._engine.closed:
+            raise Closed("this model is closed; load it again to use it")
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        ids = list(prompt) if isinstance(prompt, SequenceOf) or hasattr(prompt, "__array__") else None
-        if ids is None or not all(isinstance(i, int) or hasattr(i, "__index__") for i in ids):
+        try:
+            ids = None if isinstance(prompt, bytes | bytearray) else [operator.index(i) for i in prompt]
+        except TypeError:
+            ids = None
+        if ids is None:
             raise InvalidRequest(f"prompt is a {type(prompt).__name__}; it must be a string or a sequence of token ids")
         wrong = [i for i in ids if not 0 <= i < self.graph.vocab]
         if wrong:
             raise InvalidRequest(f"prompt has the token id {wrong[0]}; this model's are 0 to {self.graph.vocab - 1}")
-        return [int(i) for i in ids]
+        return ids
 
     def _sequence(self, prompt: list[int], sampling: Sampling | None, options: dict[str, Any]) -> Sequence:
         sampling = (sampling or Sampling()).but(**options)
@@ -189,18 +199,14 @@ class LanguageModel:
 
     def _abandon(self, *sequences: Sequence) -> None:
         for sequence in sequences:
-            self._delivery.forget(sequence.id)
-            if sequence.ended is None:
-                try:
-                    self._engine.cancel(sequence.id)
-                except Closed:
-                    pass
+            self._delivery.abandon(sequence.id)
 
     @staticmethod
     def _last(pieces: Iterator[Piece]) -> Output:
         output = None
-        for piece in pieces:
-            output = piece.output
+        with closing(pieces):  # type: ignore[type-var]
+            for piece in pieces:
+                output = piece.output
         assert output is not None
         return output
 
@@ -229,7 +235,7 @@ def _pieces(answer: queue.SimpleQueue) -> Iterator[Piece]:
             return
 
 
-def _call(method: weakref.WeakMethod) -> None:
-    bound = method()
-    if bound:
-        bound()
+def _shut(engine: Engine, delivery: Delivery) -> None:
+    engine.close()
+    delivery.close()
+    engine.executables.close()

@@ -66,14 +66,16 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     compiler.enable()
     place = _device(device)
     config, model = _model(checkpoint, graph, max_context)
-    context = min(max_context or MAX_CONTEXT, model.max_context)
+    if max_context is not None and max_context > model.max_context:
+        raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
+    context = max_context or min(MAX_CONTEXT, model.max_context)
     number = _dtype(checkpoint, dtype)
     ladder = default_ladder(max_rows, context)
     chunk = ladder.prompt[-1]
     why = f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {place}"
     groups = planning.page_groups(
         model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
-        budget=budget or int(SHARE * planning.available(place)), why=why,
+        budget=budget if budget is not None else int(SHARE * planning.available(place)), why=why,
         most=CPU_PAGES if budget is None and place.platform == "cpu" else None,
     )
     executables = Executables(
@@ -87,14 +89,15 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         params = load_params(model, checkpoint.tensors, dtype=number, source=checkpoint.source,
                              put=partial(jax.device_put, device=place))
         executables.prepare(ladder.fit(1, 1))  # the next tokens' while the first prompt runs
+        eos = _eos(checkpoint, tokenizer)
+        make_state = partial(planning.empty_state, model, groups, number, place)
+        delivery = Delivery(tokenizer)
+        scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk)
+        engine = Engine(executables, scheduler, params, make_state, delivery.tell, place)
     except BaseException:
         executables.close()
         raise
-    scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk)
-    delivery = Delivery(tokenizer)
-    engine = Engine(executables, scheduler, params, partial(planning.empty_state, model, groups, number, place),
-                    delivery.tell, place)
-    return LanguageModel(model, tokenizer, engine, delivery, config=config, eos=_eos(checkpoint, tokenizer),
+    return LanguageModel(model, tokenizer, engine, delivery, config=config, eos=eos,
                          max_context=context, load_seconds=time.perf_counter() - start)
 
 

@@ -25,14 +25,13 @@ def parse_bytes(size: int | str) -> int:
     >>> parse_bytes("1.5GiB")
     1610612736
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]i?)?B?\s*", size) if isinstance(size, str) else None
-    try:
-        assert match
-        return int(float(match[1]) * UNITS[match[2] or ""])
-    except (AssertionError, ValueError):
-        raise InvalidOption(f"memory is {size!r}; it must be a number of bytes > 0, or a text such as '8GiB'") from None
+    number = size if type(size) is int else 0
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([KMGT]i?)?B?\s*", size) if isinstance(size, str) else None
+    if match:
+        number = int(float(match[1]) * UNITS[match[2] or ""])
+    if number <= 0:
+        raise InvalidOption(f"memory is {size!r}; it must be a number of bytes > 0, or a text such as '8GiB'")
+    return number
 
 
 def available(device: jax.Device) -> int:
@@ -43,9 +42,12 @@ def available(device: jax.Device) -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-        if limit.exists() and limit.read_text().strip() != "max":
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
+        if limit != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # the page cache is free
+            free = min(free, int(limit) - used)
         return free
     except (OSError, StopIteration):
         return 4 * 2**30  # no /proc here: stay small
