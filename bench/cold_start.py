@@ -29,7 +29,7 @@ STAGES = ("imported", "opened", "loaded", "compiled", "first token")
 ASKED = {"empty": 12, "filled": 4}
 
 
-def stages(python: str | Path, engine: str, model: str, cache: str = "off") -> dict[str, float]:
+def stages(python: str | Path, engine: str, model: str, cache: str | Path = "unused") -> dict[str, float]:
     """Seconds to each stage of a fresh process of `first_token.py`."""
     command = [python, CHILD, repr(time.time()), engine, model]
     done = subprocess.run(command, env=os.environ | {"JAXINFER_CACHE": cache}, capture_output=True, text=True)

@@ -114,8 +114,20 @@ def test_neighbours_and_order_of_arrival_change_no_token(windowed, data):
 def test_a_prompt_of_several_chunks_reads_as_one(windowed):
     prompt = np.random.default_rng(0).integers(4, 320, 900).tolist()
     whole = windowed(prompt, max_tokens=8).tokens
-    halves = windowed.generate([prompt, *PROMPTS], max_tokens=8)[0].tokens
-    assert whole == halves and len(whole) == 8
+    scheduler = windowed._engine.scheduler
+    try:
+        scheduler.chunk = 100
+        assert windowed.generate([prompt, *PROMPTS], max_tokens=8)[0].tokens == whole and len(whole) == 8
+    finally:
+        scheduler.chunk = 512
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 511, 512, 513])
+def test_prompts_at_the_borders_of_pages_and_chunks_go_on_as_longer_ones_do(windowed, length):
+    prompt = np.random.default_rng(1).integers(4, 320, 513).tolist()[:length]
+    three = windowed(prompt, max_tokens=3).tokens
+    assert windowed(prompt, max_tokens=1).tokens == three[:1]
+    assert windowed([*prompt, three[0]], max_tokens=2).tokens == three[1:]
 
 
 def test_junk_in_unwritten_memory_changes_no_bit(tiny_path, lm):
@@ -181,6 +193,8 @@ def test_an_answer_ends_where_the_context_does(lm):
     ("", {}, "prompt is empty"),
     ([], {}, "prompt is empty"),
     ([5] * 1024, {}, "prompt has 1024 tokens; at most 1023 fit"),
+    (b"hello", {}, "prompt is a bytes"),
+    ([[5, 6]], {}, "prompt is a list"),
     ([320], {}, "token id 320; this model's are 0 to 319"),
     (3.5, {}, "prompt is a float"),
     ("x", {"temperature": -1}, "temperature is -1"),
@@ -254,6 +268,8 @@ def test_threads_share_one_model(lm):
 def test_after_warmup_nothing_compiles(lm):
     lm.warmup()
     seen = []
+    listen = lambda event, *_, **__: seen.append(events.Compiling(event)) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)  # XLA itself, not only what we know of
     with events.observe(seen.append):
         lm.generate(PROMPTS * 2, [ji.Sampling(temperature=i % 2 * 0.7, max_tokens=5 + i) for i in range(12)])
         lm([5] * 700, max_tokens=3)
@@ -349,6 +365,7 @@ def test_a_graph_of_ones_own_runs_in_the_same_engine(tiny_path, lm):
     ({"max_context": 1}, InvalidOption, "max_context is 1"),
     ({"max_context": 4096}, InvalidOption, "limit is 2048"),
     ({"memory": "lots"}, InvalidOption, "memory is 'lots'"),
+    ({"memory": "0GiB"}, InvalidOption, "memory is '0GiB'"),
     ({"device": "abacus"}, InvalidOption, "device is 'abacus'; present here: cpu"),
     ({"graph": 3}, InvalidOption, "graph is a int"),
     ({"graph": lambda config: config}, InvalidOption, "graph made a Config"),
@@ -404,3 +421,53 @@ def test_ten_models_loaded_and_closed_leave_nothing_behind(tiny_path):
     gc.collect()
     assert threading.active_count() <= threads
     assert sum(a.nbytes for a in jax.live_arrays()) <= arrays + 1000
+
+
+def test_an_observer_that_raises_harms_nobody(lm, capfd):
+    def broken(event):
+        raise ZeroDivisionError("a watcher's own fault")
+
+    expected = lm("Once", max_tokens=5).tokens
+    with events.observe(broken):
+        assert lm("Once", max_tokens=5).tokens == expected
+    reported = []
+    assert eventually(lambda: reported.append(capfd.readouterr().err) or "a watcher's own fault" in "".join(reported))
+
+
+def test_a_compile_that_failed_is_tried_again(tiny_path):
+    with ji.load(tiny_path, max_context=256, max_rows=2) as lm:
+        executables, real = lm._engine.executables, lm._engine.executables.lower_forward
+        executables.warmup([Bucket(32, 1, 32)])
+        executables._ready.pop("forward[T=1,R=1]", None)
+        executables._pending.pop("forward[T=1,R=1]", None)
+        executables.lower_forward = lambda bucket: 1 / 0
+        with pytest.raises(StepFailed, match="division by zero"):
+            lm("x", max_tokens=5)
+        executables.lower_forward = real
+        assert len(lm("x", max_tokens=5).tokens) == 5
+
+
+def test_a_model_that_is_dropped_is_closed(tiny_path):
+    lm = ji.load(tiny_path, max_context=256, max_rows=2)
+    lm("x", max_tokens=2)
+    thread = lm._engine._thread
+    del lm
+    gc.collect()
+    assert eventually(lambda: not thread.is_alive())
+
+
+def test_a_request_that_needs_the_other_sampler_borrows_it_too(tiny_path):
+    with ji.load(tiny_path, max_context=256, max_rows=4) as lm:
+        lm._engine.executables.warmup([Bucket(32, 1, 32), Bucket(1, 4, 4)])
+        lm.generate(["x", "y"], max_tokens=4, temperature=0.5, seed=1)
+        assert lm.ledger["sample[R=4]"].hits > 0
+
+
+def test_each_platform_gets_its_own_trace(tiny_path, lm):
+    run = Run(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (3,), (2,), (2,))),
+              {g.name: jax.ShapeDtypeStruct((2, 1), jnp.int32) for g in lm.graph.groups}, 1)
+    pages = {g.name: [init_pages(2, 64, g.kv_heads, g.head_width, jnp.float32)] * g.layers for g in lm.graph.groups}
+    for platform, expected in (("cpu", "two_rows"), ("tpu", "reference"), ("cpu", "two_rows")):
+        with tracing(platform) as traced:
+            jax.jit(lambda *a: forward(lm.graph, *a)).lower(lm.params, pages, jnp.zeros(2, jnp.int32), run)
+        assert traced.chosen["matmul"] == expected and "attend" in traced.chosen
