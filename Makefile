@@ -38,7 +38,7 @@ test-fast: .venv/.test ## tests on the newest Python and JAX, without peers
 	  --ignore=tests/parity --ignore=tests/test_notebooks.py
 
 test-parity: .venv-peers/.test ## comparisons with transformers, and the core tests on the oldest Python and JAX
-	$(TEST) $(PEERS)/pytest -n $(JOBS) -m "not tpu and not long" \
+	OMP_NUM_THREADS=1 $(TEST) $(PEERS)/pytest -n $(JOBS) -m "not tpu and not long" \
 	  tests/parity $(wildcard $(OLDEST:%=tests/test_%.py))
 
 test-tpu: .venv/.test ## compile for TPU without one; one process, libtpu's lock allows no more

@@ -4,6 +4,7 @@ what hypothesis varies is data: lengths, page tables, junk, rules and histories.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
@@ -90,8 +91,7 @@ def ragged_runs(draw, shape: RunShape, window: int | None = None) -> RaggedRun:
     return RaggedRun(shape, tuple(cached), tuple(lens), tuple(tables), tuple(first), draw(SEEDS))
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(NamedTuple):
     """How one row draws; see `kernels.sampling.Draws`."""
 
     temperature: float
@@ -104,10 +104,10 @@ def sampling_rules(vocab: int) -> st.SearchStrategy[Rules]:
     """Each filter off, sharp or loose, in any company."""
     return st.builds(
         Rules,
-        temperature=st.sampled_from((0.0, 0.3, 1.0, 2.5)),
+        temperature=st.sampled_from((0.0, 0.25, 1.0, 3.0)),
         top_k=st.one_of(st.just(0), st.integers(1, vocab + 3)),
-        top_p=st.one_of(st.just(1.0), st.floats(0.05, 0.99)),
-        min_p=st.one_of(st.just(0.0), st.floats(0.01, 1.0)),
+        top_p=st.one_of(st.just(1.0), st.floats(2**-7, 1.0, width=32)),
+        min_p=st.one_of(st.just(0.0), st.floats(2**-10, 1.0, width=32)),
     )
 
 

@@ -3,47 +3,69 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from jaxinfer.kernels import sample, sample_greedy
 from jaxinfer.kernels.sampling import Draws
+from tests.strategies import SEEDS, Rules, sampling_rules
 
 pytestmark = pytest.mark.usefixtures("strict")
-R, V, S = 4, 97, 8
+R, V, S = 32, 97, 8
 sampled, greedily = jax.jit(sample), jax.jit(sample_greedy)
-rules = st.tuples(st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.integers(0, V), st.floats(2**-7, 1.0, width=32),
-                  st.sampled_from([0.0, 0.05, 0.5, 1.0]), st.integers(0, 2**32 - 1), st.integers(0, 1000))
+batches = st.lists(sampling_rules(V), min_size=R // 4, max_size=R // 4).map(lambda rules: rules * 4)
+NOWHERE = np.full(R, S, np.int32)
 
 
-def draws(rows):
+def draws(rules: list[Rules], seeds, counts) -> Draws:
+    columns = (*zip(*rules, strict=True), seeds, counts)
     kinds = (np.float32, np.int32, np.float32, np.float32, np.uint32, np.int32)
-    return Draws(*(np.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)))
+    return Draws(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
 
 
-def logits(seed):
-    """Random, with no two alike in a row."""
-    rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(V) for _ in range(R)]).astype(np.float32) / 9
+def logits(rng: np.random.Generator) -> np.ndarray:
+    """[R, V], random, of both signs, with no two alike in a row."""
+    return np.stack([rng.permutation(V) - V // 2 for _ in range(R)]).astype(np.float32) / 25
 
 
-def kept(row_V, temperature, k, p, min_p):
-    """What top-k, then top-p, then min-p leave, by sorting; thresholds may fall either way by a rounding error."""
-    scaled = (row_V / np.float32(temperature)).astype(np.float64)
-    order = np.argsort(-scaled)[: k or V]
-    probs = np.exp(scaled[order] - scaled.max())
+def seeds_and_counts(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return rng.integers(0, 2**32, R), rng.integers(0, 5000, R)
+
+
+@jax.jit
+@jax.vmap
+def noise(seed, count):
+    """What a request's seed and count alone decide."""
+    return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), count), (V,))
+
+
+def kept(scaled_V: np.ndarray, rule: Rules) -> np.ndarray:
+    """The tokens that top-k, then top-p, then min-p leave, by sorting in float64."""
+    order = np.argsort(-scaled_V)[: rule.top_k or V]
+    probs = np.exp(scaled_V[order].astype(np.float64) - scaled_V.max())
     probs /= probs.sum()
-    nucleus = (np.cumsum(probs) - probs < p + 1e-6) | (p >= 1)
-    return set(order[nucleus & (probs >= min_p * probs.max() * (1 - 1e-6))])
+    before, floor = np.cumsum(probs) - probs, rule.min_p * probs[0]
+    if rule.top_p < 1:
+        assume(np.abs(before - rule.top_p).min() > 1e-5)  # else a rounding error decides
+    if 0 < rule.min_p < 1:
+        assume(np.abs(probs / floor - 1).min() > 1e-5)
+    return order[((before < rule.top_p) | (rule.top_p == 1)) & (probs >= floor)]
 
 
-@given(seed=st.integers(0, 2**32 - 1), rows=st.lists(rules, min_size=R, max_size=R))
-def test_only_tokens_that_the_rules_keep_are_drawn(seed, rows):
-    logits_RV, slot_R = logits(seed), np.arange(R, dtype=np.int32)
-    for count in range(4):
-        _, tokens_R = sampled(logits_RV, np.zeros(S, np.int32), slot_R, draws([(*r[:5], count) for r in rows]))
-        for row_V, token, (t, k, p, min_p, *_) in zip(logits_RV, np.asarray(tokens_R), rows, strict=True):
-            assert token == row_V.argmax() if t == 0 else token in kept(row_V, t, k, p, min_p)
+@given(seed=SEEDS, rules=batches)
+def test_each_row_draws_from_exactly_what_its_rules_keep(seed, rules):
+    rng = np.random.default_rng(seed)
+    logits_RV, (seeds, counts) = logits(rng), seeds_and_counts(rng)
+    how = draws(rules, seeds, counts)
+    _, tokens_R = sampled(logits_RV, np.zeros(S, np.int32), NOWHERE, how)
+    rows = zip(logits_RV, rules, np.asarray(noise(how.seed, how.count)), np.asarray(tokens_R), strict=True)
+    for row_V, rule, noise_V, token in rows:
+        if rule.temperature == 0:
+            assert token == row_V.argmax()
+        else:
+            scaled_V = (row_V - row_V.max()) / np.float32(rule.temperature)
+            stay = kept(scaled_V, rule)
+            assert token == stay[np.argmax((scaled_V + noise_V)[stay])]
 
 
 @pytest.mark.parametrize(("rule", "keeps"), [
@@ -67,21 +89,51 @@ def test_every_token_that_the_rules_keep_is_drawn_as_often_as_it_is_likely(rule,
     np.testing.assert_allclose(found[keep], expected, atol=5 * (0.25 / n) ** 0.5)
 
 
-@given(seed=st.integers(0, 2**32 - 1), rows=st.lists(rules, min_size=R, max_size=R), order=st.permutations(range(R)))
-def test_neighbours_and_places_change_no_draw(seed, rows, order):
-    logits_RV, slot_R, order = logits(seed), np.arange(R, dtype=np.int32), list(order)
-    _, one = sampled(logits_RV, np.zeros(S, np.int32), slot_R, draws(rows))
-    _, other = sampled(logits_RV[order], np.zeros(S, np.int32), slot_R, draws([rows[i] for i in order]))
+@given(seed=SEEDS, rules=batches, order=st.permutations(range(R)))
+def test_neighbours_and_places_change_no_draw(seed, rules, order):
+    rng = np.random.default_rng(seed)
+    logits_RV, (seeds, counts), order = logits(rng), seeds_and_counts(rng), list(order)
+    last_S, how = np.zeros(S, np.int32), draws(rules, seeds, counts)
+    _, one = sampled(logits_RV, last_S, NOWHERE, how)
+    _, other = sampled(logits_RV[order], last_S, NOWHERE, Draws(*(column[order] for column in how)))
     np.testing.assert_array_equal(np.asarray(one)[order], other)
+    for r in order[:3]:
+        _, alone = sampled(logits_RV[[r]], last_S, NOWHERE[:1], Draws(*(column[[r]] for column in how)))
+        assert alone == one[r]
 
 
-@given(seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("rule", [
+    Rules(1.0, 1, 1.0, 0.0), Rules(1.0, 0, 0.0, 0.0), Rules(1.0, 0, 1e-30, 0.0), Rules(1.0, 0, 1.0, 1.0),
+    Rules(1e-30, 0, 1.0, 0.0), Rules(2e-38, 0, 0.9, 0.1), Rules(2e-38, 0, 1.0, 0.0), Rules(1e-45, 3, 1.0, 0.0),
+])
+def test_the_sharpest_rules_leave_the_likeliest_token(rule):
+    """Also those that float32 can hardly hold, or rounds to nothing."""
+    rng = np.random.default_rng(0)
+    logits_RV = 100 * logits(rng)
+    _, tokens_R = sampled(logits_RV, np.zeros(S, np.int32), NOWHERE, draws([rule] * R, *seeds_and_counts(rng)))
+    np.testing.assert_array_equal(tokens_R, logits_RV.argmax(1))
+
+
+def test_an_impossible_token_is_never_drawn():
+    """As a grammar's mask makes it: minus infinity."""
+    rng = np.random.default_rng(0)
+    logits_RV = logits(rng)
+    logits_RV[:, 2:] = -np.inf
+    for rule in (Rules(1.0, 0, 1.0, 0.0), Rules(2.0, 50, 0.99, 0.0), Rules(1.0, 0, 1.0, 0.001)):
+        _, tokens_R = sampled(logits_RV, np.zeros(S, np.int32), NOWHERE, draws([rule] * R, *seeds_and_counts(rng)))
+        assert set(np.asarray(tokens_R).tolist()) <= {0, 1}
+
+
+@given(seed=SEEDS)
 def test_a_row_whose_slot_is_past_the_end_remembers_nothing(seed):
-    last_S, slot_R = np.arange(100, 100 + S, dtype=np.int32), np.array([3, S, 0, S], np.int32)
+    rng = np.random.default_rng(seed)
+    logits_RV, last_S, slot_R = logits(rng), np.arange(100, 100 + S, dtype=np.int32), NOWHERE.copy()
+    slot_R[:4] = 3, S, 0, 2**31 - 1
     for found, tokens in (
-        greedily(logits(seed), last_S, slot_R),
-        sampled(logits(seed), last_S, slot_R, draws([(1.0, 0, 1.0, 0.0, seed, 0)] * R)),
+        greedily(logits_RV, last_S, slot_R),
+        sampled(logits_RV, last_S, slot_R, draws([Rules(1.0, 0, 1.0, 0.0)] * R, *seeds_and_counts(rng))),
     ):
         expected = last_S.copy()
         expected[[3, 0]] = np.asarray(tokens)[[0, 2]]
         np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(greedily(logits_RV, last_S, slot_R)[1], logits_RV.argmax(1))

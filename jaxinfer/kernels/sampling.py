@@ -45,7 +45,8 @@ def _threshold(keys_V: jax.Array, enough) -> jax.Array:
 
 def _draw(logits_V: jax.Array, how: Draws) -> jax.Array:
     """Gumbel-max over the tokens that top-k, then top-p, then min-p leave. Ties at a threshold all stay."""
-    scaled_V = logits_V / jnp.where(how.temperature > 0, how.temperature, 1)
+    below_V = logits_V - logits_V.max()  # so that no temperature, however small, divides to infinity minus infinity
+    scaled_V = below_V / jnp.where(how.temperature > 0, how.temperature, 1)
     keys_V = _order(scaled_V)
     k = jnp.where(how.top_k > 0, how.top_k, logits_V.size)
     keep_V = keys_V >= _threshold(keys_V, lambda above_V: above_V.sum(dtype=jnp.int32) >= k)
