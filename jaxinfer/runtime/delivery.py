@@ -96,11 +96,11 @@ class Delivery:
                 self._fail(ticket, error)
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
+        self._leave(ticket, "failed")
         try:
             ticket.deliver(error)
         except Exception:
             pass  # the callback is what failed
-        self._leave(ticket, "failed")
 
     def _leave(self, ticket: Ticket, reason: FinishReason) -> None:
         """Close a ticket, and end its sequence if it still runs."""
@@ -147,5 +147,5 @@ class Delivery:
         times = Timings(read - start, first - start, end - start, len(ticket.tokens))
         prompt = tuple(ticket.sequence.tokens[: ticket.sequence.prompt])
         output = Output(prompt, "".join(ticket.shown), tuple(ticket.tokens), reason, times)
+        self._leave(ticket, reason)  # first: who has the Output abandons the request, which would call it cancelled
         ticket.deliver(Piece(text, tuple(ticket.fresh), output))
-        self._leave(ticket, reason)
