@@ -153,11 +153,12 @@ class Engine:
             if row.start == 0:
                 self.tell(News(self.scheduler.sequences[row.sequence], at=now))
         bucket = self.executables.bucket(tokens, rows, greedy)
-        run, remember_R, draws = self.packer.pack(plan, bucket)
+        run, remember_R = self.packer.pack(plan, bucket)
+        draws = [] if greedy else [self.packer.draws(plan, bucket.rows)]
         forward = self.executables.forward(bucket, tokens)
         sample = self.executables.sample(bucket.rows, greedy, rows)
         self.state, logits_RV = forward(self.params, self.state, self.last_S, run)
-        self.last_S, tokens_R = sample(logits_RV, self.last_S, remember_R, *([] if greedy else [draws]))
+        self.last_S, tokens_R = sample(logits_RV, self.last_S, remember_R, *draws)
         return Flight(plan, tokens_R)
 
     def _commit(self, flight: Flight) -> None:

@@ -21,9 +21,9 @@ class Packer:
         self.max_rows = max_rows
         self.tables = {name: np.zeros((max_rows, width), np.int32) for name, width in table_width.items()}
 
-    def pack(self, plan: Plan, bucket: Bucket) -> tuple[Run, np.ndarray, Draws]:
-        """The Run of `plan` padded to `bucket`; the slots that remember a drawn token (`max_rows`, past the end, for
-        padding and for prompts not read to their end); and how each row draws."""
+    def pack(self, plan: Plan, bucket: Bucket) -> tuple[Run, np.ndarray]:
+        """The Run of `plan` padded to `bucket`, and the slots that remember a drawn token (`max_rows`, past the end,
+        for padding and for prompts not read to their end)."""
         rows, R = plan.rows, bucket.rows
         for row in rows:
             for name, pages in row.pages.items():
@@ -42,10 +42,10 @@ class Packer:
             if row.draws:
                 remember_R[r] = row.slot
         tables = {name: table[slot_R] for name, table in self.tables.items()}
-        run = Run(tokens_T, cu_q_lens, kv_lens_R, slot_R, tables, bucket.longest)
-        return run, remember_R, self._draws(plan, R)
+        return Run(tokens_T, cu_q_lens, kv_lens_R, slot_R, tables, bucket.longest), remember_R
 
-    def _draws(self, plan: Plan, R: int) -> Draws:
+    def draws(self, plan: Plan, R: int) -> Draws:
+        """How each of `R` rows draws; padding is greedy."""
         f, i = (lambda value: np.full(R, value, np.float32)), (lambda: np.zeros(R, np.int32))
         draws = Draws(f(0), i(), f(1), f(0), np.zeros(R, np.uint32), i())
         for r, row in enumerate(plan.rows):
