@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class JaxinferError(Exception):
@@ -46,9 +47,29 @@ class OutOfMemory(JaxinferError, MemoryError):
     """A plan that does not fit its memory budget; the message carries the numbers and what would fit."""
 
 
-class Closed(JaxinferError, RuntimeError):
+
+
+class Rejected(JaxinferError, RuntimeError):
+    """A full queue: `queue_length` requests wait, and `retry_after` seconds from now there may be room."""
+
+    def __init__(self, message: str, queue_length: int, retry_after: float):
+        self.queue_length, self.retry_after = queue_length, retry_after
+        super().__init__(message)
+
+
+class RequestFailed(JaxinferError, RuntimeError):
+    """One request that failed; its neighbours went on. `output` is the Output so far; a cause is chained."""
+
+    output: Any = None
+
+
+class Expired(RequestFailed, TimeoutError):
+    """A request that ran past its `queue_timeout` or `timeout`."""
+
+
+class StepFailed(RequestFailed):
+    """A device step that failed, and failed again when it was repeated."""
+
+
+class Closed(RequestFailed):
     """A model that was closed, or closed while this request was waiting or running."""
-
-
-class StepFailed(JaxinferError, RuntimeError):
-    """A device step that failed; the cause is chained."""

@@ -7,68 +7,89 @@ dispatched later, which the device runs later.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Literal, NamedTuple
 
 from jaxinfer.request import FinishReason, Sampling, Sequence
-from jaxinfer.scheduler.pages import PageGroup, Pool
+from jaxinfer.scheduler.pages import PageGroup
+from jaxinfer.scheduler.prefix import PrefixTree
+
+AGEING = 10.0  # seconds of waiting that make up for one level of priority
+BY_ORDER = attrgetter("order")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sequence's part of a step: read `tokens` at positions `start`, `start + 1`, ...
-
-    `pages` are the pages new to the row's table, per group: (index in the table, page). With `draws`, the step
-    draws the sequence's `count`-th token from the logits of the row's last position.
-    """
+class Began(NamedTuple):
+    """A sequence that was given a slot: what the device keeps per slot starts from these `tokens`."""
 
     sequence: int
     slot: int
-    start: int
     tokens: tuple[int, ...]
-    pages: dict[str, tuple[tuple[int, int], ...]]
-    draws: bool
-    count: int
+    prompt: int
     sampling: Sampling
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Plan:
-    """A step: either one row that reads a chunk of its prompt, or rows that read one token each."""
+    """A step, in columns: row r reads `lens[r]` of the flat `tokens` at positions `starts[r]`, `starts[r]` + 1, ...
+
+    `draws[r]`: the step draws the row's `counts[r]`-th token from the logits of its last position. First come the
+    `singles` rows that read one token each (decode), then the prompt chunks. Before the step, `copies` (group, from
+    page, to page) are made and `pages` (group, slot, index, page) enter the tables; `began` are new in their slots.
+    A plan of several `steps` draws that many tokens for each of its rows. `task` is what its prompts are read for.
+    """
 
     number: int
-    rows: tuple[Row, ...]
+    singles: int = 0
+    steps: int = 1
+    task: Literal["draw", "score", "embed"] = "draw"
+    ids: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    lens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    draws: list[bool] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    pages: list[tuple[str, int, int, int]] = field(default_factory=list)
+    copies: list[tuple[str, int, int]] = field(default_factory=list)
+    began: list[Began] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A token that a commit added to a sequence, and how the sequence ended, if it did."""
+class Drawn(NamedTuple):
+    """What a commit did to a sequence: a token drawn (None: none was asked for), and how it ended, if it did. A token
+    below zero could not be drawn: the sequence has failed."""
 
     sequence: Sequence
-    token: int
+    token: int | None
     ended: FinishReason | None
 
 
 class Scheduler:
     """Continuous batching over `max_rows` slots and a pool of pages per state group.
 
-    `chunk` is the most tokens of a prompt that one step reads. Prompts are read in the order of arrival; a step that
-    reads a prompt is followed by one that decodes, so no decoding row waits for more than one chunk. Under page
-    pressure the youngest sequence gives its pages back and is read again later.
+    A step reads at most `budget` tokens, at most `chunk` of one prompt, and carries at most `chunks` prompt chunks
+    beside its decode rows (None: any number). With `chunks=0` a step is one prompt chunk or all decode; one that reads
+    a prompt is followed by one that decodes, so no decoding row waits for more than one chunk. Waiting sequences enter
+    by `order`: first in, first out within a level of priority, and levels age. Under page pressure the youngest
+    gives its pages back and is read again later, as far as nobody has taken what the prefix tree kept of it.
     """
 
-    def __init__(self, groups: Iterable[PageGroup], *, max_rows: int, chunk: int):
+    def __init__(self, groups: Iterable[PageGroup], *, max_rows: int, chunk: int, budget: int | None = None,
+                 chunks: int | None = 0):
         self.groups = tuple(groups)
-        self.pools = {group.name: Pool(group.pages) for group in self.groups}
-        self.max_rows, self.chunk = max_rows, chunk
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.tree = PrefixTree(self.groups)
+        self.max_rows, self.chunk, self.chunks = max_rows, chunk, chunks
+        self.budget = budget or chunk + (max_rows if chunks else 0)
+        self.waiting: list[Sequence] = []  # both by order
+        self.running: list[Sequence] = []
+        self.reading: list[Sequence] = []  # those running that have more than one token to read
         self.sequences: dict[int, Sequence] = {}
         self.slots = list(range(max_rows - 1, -1, -1))
-        self.steps = 0
-        self.preempted = 0
-        self._read_prompt = False
+        self.steps = self.preempted = self.read = self.reused = 0
+        self._last: Plan | None = None
+        self._refused: tuple | None = None
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of this many tokens could run if it were alone."""
@@ -81,7 +102,7 @@ class Scheduler:
 
     def submit(self, sequence: Sequence) -> None:
         self.sequences[sequence.id] = sequence
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=BY_ORDER)
 
     def cancel(self, id: int, reason: FinishReason = "cancelled") -> Sequence | None:
         """End a sequence now, wherever it is; None if it had ended already."""
@@ -90,98 +111,264 @@ class Scheduler:
             self._end(sequence, reason)
         return sequence
 
-    def plan(self) -> Plan | None:
-        """The next step, or None when there is nothing to do (until a commit or a submission)."""
-        decoding = [s for s in self.running if s.wants and s.unread == 1]
-        row = None if decoding and self._read_prompt else self._read_chunk()
-        rows = (row,) if row else self._decode()
-        if not rows:
+    def plan(self, steps: int = 1) -> Plan | None:
+        """The next step, or None when there is nothing to do (until a commit or a submission). `steps` > 1 asks for as
+        many decode steps in one, which is granted when nobody waits and every row will draw so many tokens."""
+        plan = Plan(self.steps + 1)
+        self._index_prompts()
+        self._admit(plan)
+        if self.chunks != 0 and not (self.reading and self.reading[0].task != "draw"):
+            self._decode(plan, self._together(steps))
+            self._read(plan)
+        else:  # steps of one kind: they take turns
+            if self._last and self._last.singles:
+                self._read(plan)
+            if not plan.ids:
+                self._decode(plan, self._together(steps))
+            if not plan.ids:
+                self._read(plan)
+        if not plan.ids:
             return None
-        self._read_prompt = row is not None
-        self.steps += 1
-        return Plan(self.steps, rows)
+        self.steps, self._last = plan.number, plan
+        return plan
 
-    def _read_chunk(self) -> Row | None:
-        sequence = next((s for s in self.running if s.wants and s.unread > 1), None) or self._admit()
-        if sequence is None:
-            return None
-        count = min(sequence.unread, self.chunk)
-        return self._row(sequence, count) if self._reserve(sequence, count) else None
+    # Admission.
 
-    def _admit(self) -> Sequence | None:
-        """The first waiting sequence, if there is a slot, and pages for all it has to read and one page more."""
-        sequence = self.waiting[0] if self.waiting else None
-        if sequence is None or not self.slots or sequence.drawing:
-            return None
-        tokens = len(sequence.tokens)
-        if self.running and any(
-            self.pools[group.name].free < self._most(group, tokens) + 1 for group in self.groups
-        ):
-            return None
-        self.waiting.popleft()
-        sequence.slot = self.slots.pop()
+    def _admit(self, plan: Plan) -> None:
+        """Let the first in the queue in, as long as there is budget for more than is being read already."""
+        while self.waiting and self.slots:
+            if self.reading and (self.chunks is not None or sum(s.unread for s in self.reading) >= self.budget):
+                break
+            if not self._enter(plan, self.waiting[0]):
+                break
+
+    def _enter(self, plan: Plan, sequence: Sequence) -> bool:
+        """Give a sequence a slot if there are pages for all it has to read and one page more."""
+        if sequence.total > len(sequence.tokens):
+            return False  # it was preempted, and a token of its is still being drawn
+        if sequence.after and sequence.after.ended is None and sequence.after.known < sequence.prompt:
+            return False
+        room = (sequence.id, len(self.running), *(self.tree.obtainable(group.name) for group in self.groups))
+        if room == self._refused:
+            return False
+        match = None
+        if sequence.namespace is not None and sequence.task == "draw":
+            match = self.tree.match(sequence.namespace, sequence.tokens, len(sequence.tokens) - 1)
+        if self.running and not self._room(sequence, match):
+            self._forget(match)
+            self._refused = room
+            return False
+        self._refused = None
+        self.waiting.pop(0)
+        self._place(plan, sequence, match)
+        return True
+
+    def _room(self, sequence: Sequence, match) -> bool:
+        shared = lambda group: sum(page is not None for page in match.pages[group.name]) if match else 0
+        needed = lambda group: self._most(group, len(sequence.tokens)) + 1 - shared(group)
+        return all(self.tree.obtainable(group.name) >= needed(group) for group in self.groups)
+
+    def _forget(self, match) -> None:
+        if match:
+            for name, pages in match.pages.items():
+                self.tree.release(name, pages)
+            for name, page in match.copies:
+                self.tree.release(name, (page,))
+
+    def _place(self, plan: Plan, sequence: Sequence, match) -> None:
+        """Give a sequence its slot, and the pages whose contents are known already."""
+        slot = sequence.slot = self.slots.pop()
         sequence.pages = {group.name: [] for group in self.groups}
-        at = next((i for i, s in enumerate(self.running) if s.id > sequence.id), len(self.running))
-        self.running.insert(at, sequence)
-        return sequence
+        insort(self.running, sequence, key=BY_ORDER)
+        plan.began.append(Began(sequence.id, slot, tuple(sequence.tokens), sequence.prompt, sequence.sampling))
+        sequence.node, sequence.indexed, sequence.known, sequence.reused = None, 0, 0, 0
+        if match and match.length:
+            sequence.node, sequence.reused = match.node, match.length
+            for name, held in match.pages.items():
+                sequence.pages[name] = held
+                plan.pages.extend((name, slot, i, page) for i, page in enumerate(held) if page is not None)
+                sequence.indexed = sequence.known = len(held) * self.tree.page_size
+            sequence.read = self._copy(plan, sequence, match)
+            self.reused += sequence.read
+        if _reads(sequence):
+            insort(self.reading, sequence, key=BY_ORDER)
 
-    def _decode(self) -> tuple[Row, ...]:
-        ready = lambda s: s.slot is not None and s.wants and s.unread == 1  # a reservation may preempt the youngest
-        return tuple(self._row(s, 1) for s in tuple(self.running) if ready(s) and self._reserve(s, 1))
+    def _copy(self, plan: Plan, sequence: Sequence, match) -> int:
+        """A match that ends inside a page is copied into one of the sequence's own: its owner may still write behind
+        it. Returns how much of the match can be used."""
+        own = {}
+        for name, _ in match.copies:
+            page = self.tree.take(name)
+            if page is None:
+                break
+            own[name] = page
+        enough = len(own) == len(match.copies)
+        for name, source in match.copies:
+            if enough:
+                plan.copies.append((name, source, own[name]))
+                plan.pages.append((name, sequence.slot, len(sequence.pages[name]), own[name]))  # type: ignore[arg-type]
+                sequence.pages[name].append(own[name])
+            elif name in own:
+                self.tree.release(name, (own[name],))
+            self.tree.release(name, (source,))
+        return match.length if enough else sequence.indexed
 
-    def _reserve(self, sequence: Sequence, count: int) -> bool:
-        """Give back the pages that no window shows any more, then make sure of pages for `count` more tokens,
-        preempting the youngest for them; False if that was the sequence itself."""
+    # Reading prompts.
+
+    def _read(self, plan: Plan) -> None:
+        """Add prompt chunks to the plan, in order, as far as its budget and its kind allow."""
+        most = 1 if self.chunks is not None else self.max_rows
+        for sequence in tuple(self.reading):
+            budget = self.budget - len(plan.tokens)
+            if budget <= 0 or len(plan.ids) - plan.singles >= most:
+                break
+            if sequence.task != "draw" and plan.ids:
+                break
+            count = min(sequence.unread, self.chunk, budget)
+            if sequence.slot is None or not self._reserve(plan, sequence, count, preempt=not plan.ids):
+                continue
+            self._row(plan, sequence, count)
+            if sequence.task != "draw":
+                plan.task = sequence.task
+                break
+
+    def _row(self, plan: Plan, sequence: Sequence, count: int) -> None:
+        start, end = sequence.read, sequence.read + count
+        known = sequence.tokens[start:end]
+        draws = end == sequence.total and end < sequence.most
+        plan.tokens.extend(known)
+        plan.tokens.extend(-1 for _ in range(count - len(known)))
+        plan.ids.append(sequence.id)
+        plan.slots.append(sequence.slot)  # type: ignore[arg-type]
+        plan.starts.append(start)
+        plan.lens.append(count)
+        plan.draws.append(draws)
+        plan.counts.append(end - sequence.prompt)
+        sequence.read = end
+        if not _reads(sequence):
+            self.reading.remove(sequence)
+        sequence.total += draws
+        self.read += count
+
+    def _index_prompts(self) -> None:
+        """The prompt pages that the last plan filled are known from now on: a step that looks at them runs later."""
+        last = self._last
+        for id in last.ids[last.singles:] if last else ():
+            sequence = self.sequences.get(id)
+            if sequence and sequence.slot is not None:
+                self._index(sequence, tail=sequence.read >= sequence.prompt)
+
+    def _index(self, sequence: Sequence, tail: bool) -> None:
+        """Tell the prefix tree what the sequence's pages hold: the full ones, and with `tail` the last one as well."""
+        if sequence.namespace is None or sequence.task != "draw":
+            sequence.known = min(sequence.read, len(sequence.tokens))
+            return
+        tree, size = self.tree, self.tree.page_size
+        upto = min(sequence.read, len(sequence.tokens))
+        while sequence.indexed + size <= upto:
+            start = sequence.indexed
+            pages = {name: held[start // size] for name, held in sequence.pages.items()}
+            tokens = tuple(sequence.tokens[start:start + size])
+            sequence.node = tree.extend(sequence.node, sequence.namespace, tokens, pages)
+            sequence.indexed = start + size
+        if tail and upto > sequence.indexed:
+            pages = {name: held[sequence.indexed // size] for name, held in sequence.pages.items()}
+            tree.extend(sequence.node, sequence.namespace, tuple(sequence.tokens[sequence.indexed:upto]), pages)
+        sequence.known = upto if tail else sequence.indexed
+
+    # Decoding.
+
+    def _together(self, steps: int) -> int:
+        """How many decode steps may go in one call: `steps`, or 1 if somebody waits, reads, ends sooner, wants more
+        than to draw, or would have to take a page from another."""
+        if steps == 1 or self.waiting or self.reading or not self.running:
+            return 1
+        if not all(s.plain and s.read + 1 == s.total and s.total + steps <= s.most for s in self.running):
+            return 1
+        most = len(self.running) * ((steps - 1) // self.tree.page_size + 1)
+        return steps if all(self.tree.obtainable(group.name) >= most for group in self.groups) else 1
+
+    def _decode(self, plan: Plan, steps: int) -> None:
+        """A row for everyone who has one token to read and wants another."""
+        size = self.tree.page_size
+        ids, slots, starts, tokens, counts = plan.ids, plan.slots, plan.starts, plan.tokens, plan.counts
+        for s in tuple(self.running):
+            read = s.read
+            if s.total - read != 1 or s.total >= s.most or (read < s.prompt and s.task != "draw"):
+                continue
+            opens = read % size == 0 or read % size + steps > size
+            if opens and (s.slot is None or not self._reserve(plan, s, steps, preempt=True)):
+                continue
+            if s.slot is None:  # an older one took its pages just now
+                continue
+            ids.append(s.id)
+            slots.append(s.slot)
+            starts.append(read)
+            tokens.append(s.tokens[read] if read < len(s.tokens) else -1)
+            counts.append(read + 1 - s.prompt)
+            s.read = read + steps
+            s.total = read + steps + 1
+        plan.singles, plan.steps = len(ids), steps
+        plan.lens.extend([1] * len(ids))
+        plan.draws.extend([True] * len(ids))
+
+    def _reserve(self, plan: Plan, sequence: Sequence, count: int, preempt: bool) -> bool:
+        """Give back the pages that no window shows any more, then make sure of pages for `count` more tokens, if need
+        be and `preempt` by preempting the youngest; False if there are none, or if that was the sequence itself."""
         end = sequence.read + count
         for group in self.groups:
             held, first = sequence.pages[group.name], group.first(sequence.read)
             for i in range(min(first, len(held)) - 1, -1, -1):
                 if held[i] is None:
                     break
-                self.pools[group.name].release((held[i],))
+                self.tree.release(group.name, (held[i],))
                 held[i] = None
         for group in self.groups:
-            held, pool = sequence.pages[group.name], self.pools[group.name]
+            name, held = group.name, sequence.pages[group.name]
             while len(held) * group.page_size < end:
-                while not pool.free:
+                page = self.tree.take(name)
+                if page is None:
+                    if not preempt:
+                        return False
                     youngest = self.running[-1]
                     self._preempt(youngest)
                     if youngest is sequence:
                         return False
-                held.append(pool.take())
+                    continue
+                plan.pages.append((name, sequence.slot, len(held), page))  # type: ignore[arg-type]
+                held.append(page)
         return True
 
-    def _row(self, sequence: Sequence, count: int) -> Row:
-        start, end = sequence.read, sequence.read + count
-        known = sequence.tokens[start:end]
-        tokens = (*known, *(-1 for _ in range(count - len(known))))
-        new = {}
-        for group in self.groups:
-            held, first = sequence.pages[group.name], -(-start // group.page_size)
-            new[group.name] = tuple((i, page) for i, page in enumerate(held[first:], first) if page is not None)
-        draws = end == len(sequence.tokens) + sequence.drawing
-        row = Row(sequence.id, sequence.slot, start, tokens, new, draws, sequence.drawn, sequence.sampling)  # type: ignore[arg-type]
-        sequence.read = end
-        sequence.drawing += draws
-        return row
+    # What became of it.
 
-    def commit(self, plan: Plan, tokens: Iterable[int]) -> list[Drawn]:
-        """Add the drawn tokens (one per row of the plan) to their sequences; the ended ones release their pages."""
-        drawn = []
-        for row, token in zip(plan.rows, tokens, strict=True):
-            sequence = self.sequences.get(row.sequence)
-            if sequence is None or not row.draws:
-                continue
-            sequence.drawing -= 1
-            sequence.tokens.append(token)
-            reason: FinishReason | None = None
-            if token in sequence.stops:
-                reason = "stop"
-            elif len(sequence.tokens) - sequence.prompt >= sequence.sampling.max_tokens:
-                reason = "length"
-            if reason:
-                self._end(sequence, reason)
-            drawn.append(Drawn(sequence, token, reason))
+    def commit(self, plan: Plan, tokens_NR: Iterable[Iterable[int]]) -> list[Drawn]:
+        """Add the drawn tokens (of each step of the plan, one per row) to their sequences; the ended ones release
+        their pages."""
+        drawn, sequences, size = [], self.sequences, self.tree.page_size
+        for tokens_R in tokens_NR:
+            for r, (id, draws, token) in enumerate(zip(plan.ids, plan.draws, tokens_R, strict=True)):
+                s = sequences.get(id)
+                if s is None:
+                    continue
+                if not draws:
+                    if plan.starts[r] + plan.lens[r] == s.most:  # read to the end, and nothing is to be drawn
+                        self._end(s, "length")
+                        drawn.append(Drawn(s, None, "length"))
+                    continue
+                tokens, reason = s.tokens, None
+                if token < 0:
+                    reason = "failed"
+                else:
+                    tokens.append(token)
+                    if token in s.stops:
+                        reason = "stop"
+                    elif len(tokens) >= s.most:
+                        reason = "length"
+                if reason:
+                    self._end(s, reason)
+                elif len(tokens) % size == 1:
+                    self._index(s, tail=False)
+                drawn.append(Drawn(s, token, reason))
         return drawn
 
     def rewind(self, failed: Plan | None = None) -> list[Sequence]:
@@ -190,7 +377,7 @@ class Scheduler:
         Sequences of the failed plan that had failed before end as "failed" and are returned.
         """
         ended = []
-        for id in [row.sequence for row in failed.rows] if failed else ():
+        for id in failed.ids if failed else ():
             sequence = self.sequences.get(id)
             if sequence is None:
                 continue
@@ -198,23 +385,30 @@ class Scheduler:
             if sequence.failures > 1:
                 self._end(sequence, "failed")
                 ended.append(sequence)
-        for sequence in reversed(tuple(self.running)):
-            self._preempt(sequence)
+        for sequence in tuple(self.running):
+            sequence.indexed = sequence.known = sequence.read = 0  # nothing of it may be found any more
+            sequence.node = None
+            self._leave(sequence)
+            insort(self.waiting, sequence, key=BY_ORDER)
         for sequence in self.waiting:
-            sequence.drawing = 0
+            sequence.total, sequence.known = len(sequence.tokens), 0
+        self.tree.clear()
+        self._last = self._refused = None
         return ended
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._index(sequence, tail=True)
         self._leave(sequence)
-        sequence.read = 0
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=BY_ORDER)
         self.preempted += 1
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        if sequence in self.reading:
+            self.reading.remove(sequence)
         for name, pages in sequence.pages.items():
-            self.pools[name].release(pages)
-        sequence.pages = {}
+            self.tree.release(name, pages)
+        sequence.pages, sequence.node, sequence.indexed, sequence.read = {}, None, 0, 0
         self.slots.append(sequence.slot)  # type: ignore[arg-type]
         sequence.slot = None
 
@@ -223,5 +417,14 @@ class Scheduler:
         del self.sequences[sequence.id]
         if sequence.slot is None:
             self.waiting.remove(sequence)
-        else:
-            self._leave(sequence)
+            return
+        if reason != "failed":
+            self._index(sequence, tail=True)
+        self._leave(sequence)
+
+
+def _reads(sequence: Sequence) -> bool:
+    """Whether it has a prompt (or what it lost) to read: more than the one token of a decoding row, or a last one
+    that is read for its own sake."""
+    last = sequence.read < sequence.prompt and (sequence.task != "draw" or sequence.most == sequence.prompt)
+    return sequence.unread > (0 if last else 1)
