@@ -1,6 +1,7 @@
 """Every kernel equals plain float64 numpy, and padding is inert: fixed shapes, random data, poison wherever nothing
 is. Axes as in `kernels.attention`."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.graph import Pages
-from jaxinfer.kernels import attend, layer_norm, matmul, rms_norm, rope
+from jaxinfer.kernels import attend, layer_norm, matmul, rms_norm, rope, tracing
 from jaxinfer.kernels.attention import write
 from tests.strategies import DECODE, GROUP, MIXED, PROMPT, SEEDS, RaggedRun, RunShape, ragged_runs
 
@@ -32,8 +33,11 @@ class Case:
     dtype: str = "float32"
 
     @cache  # noqa: B019, one compile per case and implementation
-    def attend(self, how: str):
-        step = partial(attend, group=GROUP, scale=SCALE, window=self.window, softcap=self.cap, how=how)
+    def forced(self, ways: tuple[tuple[str, str], ...]):
+        def step(*args):
+            with tracing("cpu", dict(ways)):
+                return attend(*args, group=GROUP, scale=SCALE, window=self.window, softcap=self.cap)
+
         return jax.jit(step)
 
 
@@ -109,12 +113,42 @@ def test_attention_sees_what_its_row_has_read_and_nothing_else(name, data):
         outputs = []
         for poison, junk in zip((np.nan, 4096.0), JUNK, strict=True):
             q, k, v, pages = numbers.padded(case.shape, poison, case.dtype)
-            out, after = case.attend(how)(q, k, v, pages, ragged.run(junk))
+            out, after = case.forced((("attend", how),))(q, k, v, pages, ragged.run(junk))
             outputs.append(np.asarray(out)[:real])
             for found, page in zip(after, numbers.written(ragged), strict=True):
                 np.testing.assert_array_equal(np.asarray(found, np.float32), np.where(np.isnan(page), poison, page))
         np.testing.assert_array_equal(*outputs, err_msg="padding is not inert")
         np.testing.assert_allclose(outputs[0], expected, atol=2e-5 if case.dtype == "float32" else 6e-2)
+
+
+SHARED = [name for name, case in CASES.items() if case.shape.rows > 1]
+WAYS = [*({"attend": how} for how in attend.available("cpu")), {"attend": "visits", "sum_by_row": "reference"}]
+
+
+@pytest.mark.parametrize("ways", WAYS, ids=lambda ways: "+".join(ways.values()))
+@pytest.mark.parametrize("name", SHARED)
+@given(data=st.data())
+def test_a_rows_nan_stays_in_that_row(name, ways, data):
+    case = CASES[name]
+    ragged = data.draw(ragged_runs(case.shape, case.window))
+    numbers = Numbers.of(ragged, case.heads, case.dtype)
+    r = data.draw(st.integers(0, len(ragged.lens) - 1), label="row")
+    broken = data.draw(st.sets(st.sampled_from(["q", "k", "v", "cached k", "cached v"]), min_size=1), label="broken")
+    own = set(ragged.tables[r]).difference(*(table for i, table in enumerate(ragged.tables) if i != r))
+    mine = slice(ragged.ends[r] - ragged.lens[r], ragged.ends[r])
+    dirty = deepcopy(numbers)
+    for what in broken:
+        if what in ("q", "k", "v"):
+            getattr(dirty, what)[mine] = np.nan
+        else:
+            dirty.pages["kv".index(what[-1])][sorted(own)] = np.nan
+    step = case.forced(tuple(ways.items()))
+    outputs = [np.asarray(step(*n.padded(case.shape, np.nan, case.dtype), ragged.run(0))[0]) for n in (numbers, dirty)]
+    others = np.setdiff1d(np.arange(ragged.ends[-1]), np.arange(mine.start, mine.stop))
+    np.testing.assert_array_equal(*(out[others] for out in outputs))
+    assert np.isfinite(outputs[0][:ragged.ends[-1]]).all()
+    if broken & {"q", "k", "v"}:
+        assert np.isnan(outputs[1][mine]).all(), "a NaN that the row sees is lost"
 
 
 @pytest.mark.parametrize("how", write.available("cpu"))
