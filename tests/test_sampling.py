@@ -137,3 +137,47 @@ def test_a_row_whose_slot_is_past_the_end_remembers_nothing(seed):
         expected[[3, 0]] = np.asarray(tokens)[[0, 2]]
         np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(greedily(logits_RV, last_S, slot_R)[1], logits_RV.argmax(1))
+
+
+HOPELESS = {
+    "a NaN": lambda row_V, at: np.where(np.arange(V) == at, np.float32(np.nan), row_V),
+    "nothing but NaN": lambda row_V, at: np.full_like(row_V, np.nan),
+    "a NaN beside the certain": lambda row_V, at: np.where(np.arange(V) == at, np.float32(np.nan), np.float32(np.inf)),
+    "nothing possible": lambda row_V, at: np.full_like(row_V, -np.inf),
+}
+
+
+@given(seed=SEEDS, rules=batches, at=st.integers(0, V - 1), what=st.sampled_from(sorted(HOPELESS)))
+def test_a_row_that_cannot_draw_says_so_and_harms_no_neighbour(seed, rules, at, what):
+    rng = np.random.default_rng(seed)
+    logits_RV, last_S, how = logits(rng), np.arange(S, dtype=np.int32), draws(rules, *seeds_and_counts(rng))
+    poisoned_RV, hopeless = logits_RV.copy(), rng.choice(R, 3, replace=False)
+    poisoned_RV[hopeless] = [HOPELESS[what](row_V, at) for row_V in logits_RV[hopeless]]
+    slot_R = NOWHERE.copy()
+    slot_R[hopeless[0]] = 3
+    for sampler, more in ((greedily, ()), (sampled, (how,))):
+        expected = np.asarray(sampler(logits_RV, last_S, NOWHERE, *more)[1]).copy()
+        expected[hopeless] = -1
+        remembered, found = sampler(poisoned_RV, last_S, slot_R, *more)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(remembered, [0, 1, 2, 0, 4, 5, 6, 7])  # a token that the next step can read
+
+
+@given(seed=SEEDS, rules=batches)
+def test_a_token_at_plus_infinity_is_certain(seed, rules):
+    rng = np.random.default_rng(seed)
+    logits_RV, certain_R = logits(rng), rng.integers(0, V, R)
+    logits_RV[np.arange(R), certain_R] = np.inf
+    how, last_S = draws(rules, *seeds_and_counts(rng)), np.zeros(S, np.int32)
+    np.testing.assert_array_equal(sampled(logits_RV, last_S, NOWHERE, how)[1], certain_R)
+    np.testing.assert_array_equal(greedily(logits_RV, last_S, NOWHERE)[1], certain_R)
+
+
+def test_both_zeros_are_one_logit():
+    """Ties stay together, whatever their sign."""
+    row_V = np.full(V, -1, np.float32)
+    row_V[:2] = -0.0, 0.0
+    rng = np.random.default_rng(0)
+    how = draws([Rules(1.0, 1, 1.0, 0.0)] * R, *seeds_and_counts(rng))
+    _, tokens_R = sampled(np.tile(row_V, (R, 1)), np.zeros(S, np.int32), NOWHERE, how)
+    assert set(np.asarray(tokens_R).tolist()) == {0, 1}

@@ -2,9 +2,21 @@
 
 from jaxinfer.kernels.attention import attend, init_pages
 from jaxinfer.kernels.dense import layer_norm, matmul, rms_norm, rope
+from jaxinfer.kernels.edits import (
+    BIASES,
+    Context,
+    Edits,
+    begin_history,
+    check_logits_function,
+    edit_logits,
+    sample_edited,
+)
+from jaxinfer.kernels.logprobs import TOP, Logprobs, logprobs, prompt_logprobs
 from jaxinfer.kernels.op import Op, tracing
 from jaxinfer.kernels.sampling import sample, sample_greedy
 
 __all__ = [
-    "Op", "attend", "init_pages", "layer_norm", "matmul", "rms_norm", "rope", "sample", "sample_greedy", "tracing",
+    "BIASES", "TOP", "Context", "Edits", "Logprobs", "Op", "attend", "begin_history", "check_logits_function",
+    "edit_logits", "init_pages", "layer_norm", "logprobs", "matmul", "prompt_logprobs", "rms_norm", "rope", "sample",
+    "sample_edited", "sample_greedy", "tracing",
 ]

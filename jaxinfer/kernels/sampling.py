@@ -28,7 +28,7 @@ class Draws(NamedTuple):
 def _order(x: jax.Array) -> jax.Array:
     """float32 -> int32 of the same order, so that thresholds can be searched bit by bit."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return jnp.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # both zeros are 0
 
 
 def _threshold(keys_V: jax.Array, enough) -> jax.Array:
@@ -45,7 +45,9 @@ def _threshold(keys_V: jax.Array, enough) -> jax.Array:
 
 def _draw(logits_V: jax.Array, how: Draws) -> jax.Array:
     """Gumbel-max over the tokens that top-k, then top-p, then min-p leave. Ties at a threshold all stay."""
-    below_V = logits_V - logits_V.max()  # so that no temperature, however small, divides to infinity minus infinity
+    logits_V = jnp.minimum(logits_V, jnp.finfo(jnp.float32).max)  # plus infinity, a certain token, can be subtracted
+    peak = logits_V.max()
+    below_V = logits_V - peak  # so that no temperature, however small, divides to infinity minus infinity
     scaled_V = below_V / jnp.where(how.temperature > 0, how.temperature, 1)
     keys_V = _order(scaled_V)
     k = jnp.where(how.top_k > 0, how.top_k, logits_V.size)
@@ -56,20 +58,29 @@ def _draw(logits_V: jax.Array, how: Draws) -> jax.Array:
     keep_V &= probs_V >= how.min_p * probs_V.max()
     key = jax.random.fold_in(jax.random.key(how.seed), how.count)
     drawn = jnp.argmax(jnp.where(keep_V, scaled_V + jax.random.gumbel(key, scaled_V.shape), -jnp.inf))
-    return jnp.where(how.temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
+    drawn = jnp.where(how.temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
+    return jnp.where(peak > -jnp.inf, drawn, -1)
+
+
+def _remember(last_S: jax.Array, slot_R: jax.Array, tokens_R: jax.Array) -> jax.Array:
+    """A row that could not draw remembers token 0: its next step may be on its way, and must read some token."""
+    return last_S.at[slot_R].set(jnp.maximum(tokens_R, 0), mode="drop")
 
 
 def sample(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array, draws: Draws) -> tuple[jax.Array, jax.Array]:
     """Draw one token per row and remember it in the row's slot: `(last_S, tokens_R)`.
 
     A row whose slot is past the end of `last_S` is padding or still reading its prompt: nothing is remembered.
-    A request's draw depends on its seed and its count alone, never on its neighbours.
+    A request's draw depends on its seed and its count alone, never on its neighbours. A row with a NaN, or with no
+    token above minus infinity, draws -1; a token at plus infinity is certain.
     """
     tokens_R = jax.vmap(_draw)(logits_RV, draws)
-    return last_S.at[slot_R].set(tokens_R, mode="drop"), tokens_R
+    return _remember(last_S, slot_R, tokens_R), tokens_R
 
 
 def sample_greedy(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`sample` for a step whose rows are all greedy: an argmax and nothing else."""
-    tokens_R = jnp.argmax(logits_RV, -1).astype(jnp.int32)
-    return last_S.at[slot_R].set(tokens_R, mode="drop"), tokens_R
+    tokens_R = jnp.argmax(logits_RV, -1).astype(jnp.int32)  # of the first NaN, where there is one
+    peak_R = jnp.take_along_axis(logits_RV, tokens_R[:, None], -1)[:, 0]
+    tokens_R = jnp.where(peak_R > -jnp.inf, tokens_R, -1)
+    return _remember(last_S, slot_R, tokens_R), tokens_R
