@@ -6,7 +6,7 @@ Axes: T tokens, R rows, P pages per row, V vocabulary, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ class Pages(NamedTuple):
 
 
 @partial(jax.tree_util.register_dataclass,
-         data_fields=["tokens_T", "cu_q_lens", "kv_lens_R", "slot_R", "tables"], meta_fields=["longest"])
+         data_fields=["tokens_T", "cu_q_lens", "kv_lens_R", "slot_R", "tables"], meta_fields=["longest", "singles"])
 @dataclass(frozen=True)
 class Run:
     """A generation step's input: T tokens, flat, that belong to R rows. All arrays are int32.
@@ -83,6 +83,8 @@ class Run:
     `slot_R`: the row's stable index, by which the device finds its last sampled token.
     `tables`: page table [R, P] per state group; entries past a row's pages may hold anything.
     `longest` (static): no row has more tokens than this. Decode is `longest == 1`, where token r is row r.
+    `singles` (static): the first `singles` rows have one token each, or none where they are padding. An op may then
+    spare them the width of the others; 0 says nothing.
     """
 
     tokens_T: Any
@@ -91,6 +93,7 @@ class Run:
     slot_R: Any
     tables: dict[str, Any]
     longest: int = field(metadata={"static": True})
+    singles: int = field(default=0, metadata={"static": True})
 
     @property
     def valid_T(self) -> jax.Array:
@@ -152,7 +155,7 @@ def forward(graph: Graph, params: Params, state: State, last_S: jax.Array, run: 
     A token of -1 stands for the last token sampled in its row's slot (`last_S`), which the host need not know.
     """
     tokens_T = jnp.where(run.tokens_T < 0, last_S[run.slot_R[run.row_T]], run.tokens_T)
-    run = Run(tokens_T, run.cu_q_lens, run.kv_lens_R, run.slot_R, run.tables, run.longest)
+    run = replace(run, tokens_T=tokens_T)
     x_TD, pages = graph.embed(params, run), {group.name: iter(state[group.name]) for group in graph.groups}
     written: State = {group.name: [] for group in graph.groups}
     # Layers that share a function are traced once; a fresh partial, since JAX would also share the trace with steps

@@ -26,11 +26,13 @@ class RunShape:
     S: int = 4
     P: int = 8
     pages: int = 40
+    singles: int = 0  # rows, the first ones, of one token or none
 
 
 DECODE = RunShape(tokens=6, rows=6, longest=1)
 PROMPT = RunShape(tokens=16, rows=1, longest=16)
 MIXED = RunShape(tokens=24, rows=4, longest=11)
+MIXED_SINGLES = RunShape(tokens=16, rows=5, longest=11, singles=3)
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,23 @@ class RaggedRun:
         kv_lens_R = pad([a + b for a, b in zip(self.cached, self.lens, strict=True)], 0)
         cu_q_lens = np.array([0, *pad(self.ends, self.ends[-1])], np.int32)
         return Run(np.zeros(shape.tokens, np.int32), cu_q_lens, kv_lens_R, pad(range(real), 0), {GROUP: tables},
-                   shape.longest)
+                   shape.longest, shape.singles)
 
 
 @st.composite
 def ragged_runs(draw, shape: RunShape, window: int | None = None) -> RaggedRun:
-    """Rows of any length that the shape holds, on pages in any order. A row may read another's full pages as its
-    own beginning, as rows with a common prefix do."""
+    """Rows of any length that the shape holds, on pages in any order; rows of no tokens stand for padded decode rows.
+    A row may read another's full pages as its own beginning, as rows with a common prefix do."""
     context = shape.S * shape.P
     free = list(draw(st.permutations(range(shape.pages))))
     cached, lens, tables, first = [], [], [], []
-    for _ in range(draw(st.integers(1, shape.rows))):
-        room = min(shape.longest, shape.tokens - sum(lens))
+    for r in range(draw(st.integers(1, shape.rows))):
+        single = r < shape.singles
+        room = min(1 if single else shape.longest, shape.tokens - sum(lens))
         if room == 0:
             break
-        lens.append(draw(st.integers(1, room)))
-        cached.append(draw(st.integers(0, context - lens[-1])))
+        lens.append(draw(st.integers(0 if single else 1, room)))
+        cached.append(draw(st.integers(0, context - lens[-1])) if lens[-1] else 0)
         donor = draw(st.integers(0, len(tables))) - 1
         full = min(cached[donor], cached[-1]) // shape.S if donor >= 0 else 0
         shared = tables[donor][:draw(st.integers(0, full))] if donor >= 0 else ()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Run, StateGroup, forward
-from tests.strategies import DECODE, GROUP, MIXED, SEEDS, ragged_runs
+from tests.strategies import DECODE, GROUP, MIXED, MIXED_SINGLES, SEEDS, ragged_runs
 
 NAMES = st.text("abc.", min_size=1)
 
@@ -19,7 +19,7 @@ def properties(run):
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("shape", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("shape", [DECODE, MIXED, MIXED_SINGLES], ids=["decode", "mixed", "singles"])
 @given(data=st.data())
 def test_a_run_knows_the_row_and_the_position_of_each_token(shape, data):
     ragged = data.draw(ragged_runs(shape))
@@ -28,7 +28,7 @@ def test_a_run_knows_the_row_and_the_position_of_each_token(shape, data):
     assert valid_T.tolist() == [t < real for t in range(shape.tokens)]
     assert row_T[:real].tolist() == [r for r, n in enumerate(ragged.lens) for _ in range(n)]
     assert position_T[:real].tolist() == [at for _, at in ragged.tokens]
-    assert last_R[:rows].tolist() == [end - 1 for end in ragged.ends]
+    assert last_R[:rows].tolist() == [max(end - 1, 0) for end in ragged.ends]
     for padding, most in ((row_T[real:], shape.rows), (position_T[real:], 1), (last_R[rows:], shape.tokens)):
         assert all(0 <= i < most for i in padding), "padding points out of bounds"
 
@@ -42,7 +42,7 @@ def test_a_step_takes_unknown_tokens_from_their_rows_slots(seed):
     tokens_T = np.array([-1, 7, 8, -1, 3, 0], np.int32)  # rows of one, three and one token, and padding
     slot_R = rng.permutation(6)[:4].astype(np.int32)
     run = Run(tokens_T, np.array([0, 1, 4, 5, 5], np.int32), np.array([9, 3, 1, 0], np.int32), slot_R,
-              {GROUP: np.zeros((4, 2), np.int32)}, 3)
+              {GROUP: np.zeros((4, 2), np.int32)}, 3, singles=1)
     same = Block("same", GROUP, lambda params, pages, x_TD, run: (x_TD + params["add"], pages))
     graph = Graph("identity", {}, (StateGroup(GROUP, 2, 1, 1),), lambda params, run: params["embed"][run.tokens_T],
                   (same, same), lambda params, x_RD: x_RD, vocab=4, max_context=8)
@@ -54,11 +54,12 @@ def test_a_step_takes_unknown_tokens_from_their_rows_slots(seed):
     assert [int(pages.k[0]) for pages in state[GROUP]] == [0, 1], "layers keep their places"
 
 
-def test_a_run_is_a_pytree_whose_longest_row_is_static():
+def test_a_run_is_a_pytree_whose_row_lengths_are_static():
     run = Run(1, 2, 3, 4, {GROUP: 5}, longest=6)
     assert jax.tree.leaves(run) == [1, 2, 3, 4, 5]
     assert jax.tree.map(lambda x: x, run) == run
     assert jax.tree.structure(run) != jax.tree.structure(Run(1, 2, 3, 4, {GROUP: 5}, longest=7))
+    assert jax.tree.structure(run) != jax.tree.structure(Run(1, 2, 3, 4, {GROUP: 5}, longest=6, singles=1))
 
 
 @given(names=st.lists(st.lists(NAMES, min_size=1, max_size=3), min_size=1, max_size=3), prefix=NAMES,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from jaxinfer.graph import Pages
 from jaxinfer.kernels import attend, layer_norm, matmul, rms_norm, rope, tracing
-from jaxinfer.kernels.attention import write
-from tests.strategies import DECODE, GROUP, MIXED, PROMPT, SEEDS, RaggedRun, RunShape, ragged_runs
+from jaxinfer.kernels.attention import chunks, write
+from tests.strategies import DECODE, GROUP, MIXED, MIXED_SINGLES, PROMPT, SEEDS, RaggedRun, RunShape, ragged_runs
 
 pytestmark = pytest.mark.usefixtures("strict")
 H, SCALE = 8, 0.4
@@ -48,6 +48,8 @@ CASES = {
     "prompt in a window": Case(PROMPT, (3, 1), window=1),
     "mixed": Case(MIXED, (4, 2), dtype="bfloat16"),
     "mixed in a window": Case(MIXED, (6, 2), window=7, cap=5.0),
+    "a prompt beside decode rows": Case(MIXED_SINGLES, (4, 2)),
+    "a prompt beside decode rows in a window": Case(MIXED_SINGLES, (6, 2), window=5, dtype="bfloat16"),
 }
 
 
@@ -165,6 +167,16 @@ def test_writing_touches_the_slots_of_real_tokens_and_no_other(how, data):
 @partial(jax.jit, static_argnames="how")
 def jitted_write(pages, k, v, run, how):
     return write(pages, k, v, run, GROUP, how=how)
+
+
+def test_what_attends_says_what_a_step_may_mix():
+    assert [chunks(platform) for platform in ("cpu", "gpu", "tpu")] == [0, 1, 1]
+    for how in ("by_page", "reference"):
+        with tracing("cpu", {"attend": how}):
+            assert chunks("cpu") is None
+    with tracing("cpu"):
+        assert chunks("gpu") == 1, "the platform asked for decides, not the one being traced"
+    assert {attend.available(platform)[0] for platform in ("cpu", "gpu", "tpu")} == {"visits"}
 
 
 @given(seed=SEEDS, rows=st.sampled_from([1, 2, 5]))

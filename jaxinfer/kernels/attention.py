@@ -100,25 +100,41 @@ def attend_visits(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None,
     The list is walked C visits at a time, as often as the rows' real lengths ask: the context is no part of the
     bucket, a long row costs its neighbours nothing, and no more than a chunk of KV is ever copied. A chunk of 32
     pages of 64 tokens at 8 rows and context 512 takes 1.5 x the time of contiguous KV on two AVX512 cores; gathering
-    whole rows takes 5 x (SmolLM2's shape, float32).
+    whole rows takes 5 x (SmolLM2's shape, float32). The rows of one token have a walk of their own: in the others'
+    each would have `longest` queries.
     """
     pages = write(pages, k_TKH, v_TKH, run, group)
-    T, N, H = q_TNH.shape
-    _, K, page_size, _ = pages.k.shape
-    G, R, Q, P = N // K, run.kv_lens_R.shape[0], run.longest, run.tables[group].shape[1]
-    dtype = pages.k.dtype
+    T, R = q_TNH.shape[0], run.kv_lens_R.shape[0]
+    aligned = run.longest == 1 and T == R  # token r is row r
+    out_TNH = None
+    for rows, Q in ((slice(0, run.singles), 1), (slice(run.singles, R), run.longest)):
+        if rows.start == rows.stop:
+            continue
+        start_R, kv_lens_R = run.cu_q_lens[:-1][rows], run.kv_lens_R[rows]
+        lens_R = run.cu_q_lens[1:][rows] - start_R
+        q_RQNH = q_TNH[rows, None] if aligned else q_TNH[jnp.minimum(start_R[:, None] + jnp.arange(Q)[None], T - 1)]
+        out_RQNH = _walk(q_RQNH, pages, run.tables[group][rows], lens_R, kv_lens_R, scale, window, softcap)
+        if aligned and len(lens_R) == R:
+            return out_RQNH[:, 0], pages
+        row_T, nth_T = run.row_T - rows.start, jnp.arange(T) - run.cu_q_lens[run.row_T]
+        mine_TNH = out_RQNH[jnp.clip(row_T, 0, len(lens_R) - 1), jnp.clip(nth_T, 0, Q - 1)]
+        out_TNH = mine_TNH if out_TNH is None else jnp.where((row_T >= 0)[:, None, None], mine_TNH, out_TNH)
+    return out_TNH, pages
 
-    lens_R = run.cu_q_lens[1:] - run.cu_q_lens[:-1]
+
+def _walk(q_RQNH, pages, table_RP, lens_R, kv_lens_R, scale, window, softcap):
+    """The visits of rows that have `lens_R` of Q queries each, the last one at position `kv_lens_R - 1`: out_RQNH."""
+    R, Q, N, H = q_RQNH.shape
+    _, K, page_size, _ = pages.k.shape
+    G, P, dtype = N // K, table_RP.shape[1], pages.k.dtype
     nth_RQ = jnp.arange(Q)[None]
-    flat_RQ = run.cu_q_lens[:-1, None] + nth_RQ
-    here_RQ = jnp.where(nth_RQ < lens_R[:, None], (run.kv_lens_R - lens_R)[:, None] + nth_RQ, -1)
-    q_RQNH = q_TNH[:, None] if Q == 1 and T == R else q_TNH[jnp.minimum(flat_RQ, T - 1)]
+    here_RQ = jnp.where(nth_RQ < lens_R[:, None], (kv_lens_R - lens_R)[:, None] + nth_RQ, -1)
     q_RKXH = q_RQNH.astype(dtype).reshape(R, Q, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * Q, H)
 
     first_R = jnp.zeros_like(lens_R)
     if window is not None:
-        first_R = jnp.maximum(run.kv_lens_R - lens_R - window + 1, 0) // page_size
-    visits_R = jnp.where(lens_R > 0, -(-run.kv_lens_R // page_size) - first_R, 0)
+        first_R = jnp.maximum(kv_lens_R - lens_R - window + 1, 0) // page_size
+    visits_R = jnp.where(lens_R > 0, -(-kv_lens_R // page_size) - first_R, 0)
     ends_R = jnp.cumsum(visits_R)
     C = min(R * P, chunk_visits(R, Q))
 
@@ -128,11 +144,11 @@ def attend_visits(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None,
         row_C = jnp.minimum((ends_R[None] <= visit_C[:, None]).sum(1), R - 1)
         nth_C = jnp.clip(first_R[row_C] + visit_C - (ends_R - visits_R)[row_C], 0, P - 1)
         at_CS = nth_C[:, None] * page_size + jnp.arange(page_size)[None]
-        real_CS = (at_CS < run.kv_lens_R[row_C][:, None]) & (visit_C < ends_R[-1])[:, None]
+        real_CS = (at_CS < kv_lens_R[row_C][:, None]) & (visit_C < ends_R[-1])[:, None]
         seen_CQS = real_CS[:, None] & (at_CS[:, None] <= here_RQ[row_C][:, :, None])
         if window is not None:
             seen_CQS &= at_CS[:, None] > here_RQ[row_C][:, :, None] - window
-        page_C = jnp.where(visit_C < ends_R[-1], run.tables[group][row_C, nth_C], 0)
+        page_C = jnp.where(visit_C < ends_R[-1], table_RP[row_C, nth_C], 0)
 
         take = lambda page: page.at[page_C].get(mode="promise_in_bounds")
         scores = jnp.einsum("CKXH,CKSH->CKXS", q_RKXH[row_C], take(pages.k), preferred_element_type=jnp.float32)
@@ -150,11 +166,7 @@ def attend_visits(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None,
     start = (jnp.full((R, K, G * Q), NEVER), jnp.zeros((R, K, G * Q)), jnp.zeros((R, K, G * Q, H)))
     _, sum_RKX, out_RKXH = lax.fori_loop(0, -(-ends_R[-1] // C), walk, start)
     out_RKXH = out_RKXH / jnp.where(sum_RKX > 0, sum_RKX, 1)[..., None]
-    out_RQNH = out_RKXH.reshape(R, K, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, H)
-    if Q == 1 and T == R:
-        return out_RQNH[:, 0], pages
-    nth_T = jnp.arange(T) - run.cu_q_lens[run.row_T]
-    return out_RQNH[run.row_T, jnp.clip(nth_T, 0, Q - 1)], pages
+    return out_RKXH.reshape(R, K, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, H)
 
 
 def chunk_visits(rows: int, queries: int) -> int:
@@ -162,4 +174,56 @@ def chunk_visits(rows: int, queries: int) -> int:
     return max(4, min(32, 4 * rows)) if queries == 1 else 4
 
 
-attend = Op("attend", reference=attend_reference, fast={"visits": (("cpu", "gpu", "tpu"), attend_visits)})
+def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None, softcap=None):
+    """Batch-invariant flash attention: every token reads its own row's pages, one after the other, by itself.
+
+    A token's result depends, to the bit, on its query and its row's pages alone: pages begin where they begin in the
+    sequence, and those that a token does not see leave it as it is. The price is KV traffic by the token, not by the
+    row: it is taken only where it is forced.
+    """
+    pages = write(pages, k_TKH, v_TKH, run, group)
+    T, N, H = q_TNH.shape
+    _, K, page_size, _ = pages.k.shape
+    dtype = pages.k.dtype
+    table_TP, here_T = run.tables[group][run.row_T], run.position_T
+    first_T = jnp.zeros_like(here_T) if window is None else jnp.maximum(here_T - window + 1, 0) // page_size
+    q_TKGH = q_TNH.astype(dtype).reshape(T, K, N // K, H)
+
+    def read(p, carry):
+        top_TKG, sum_TKG, out_TKGH = carry
+        open_T = (first_T <= p) & (p <= here_T // page_size) & run.valid_T
+        at_TS = p * page_size + jnp.arange(page_size)[None]
+        seen_TS = open_T[:, None] & (at_TS <= here_T[:, None])
+        if window is not None:
+            seen_TS &= at_TS > here_T[:, None] - window
+        page_T = jnp.where(open_T, table_TP[:, p], 0)
+        take = lambda page: page.at[page_T].get(mode="promise_in_bounds")
+        scores = jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, take(pages.k), preferred_element_type=jnp.float32)
+        scores = jnp.where(seen_TS[:, None, None], _soft_cap(scores * scale, softcap), NEVER)
+        top_new = jnp.maximum(top_TKG, scores.max(-1))
+        weights = jnp.where(seen_TS[:, None, None], jnp.exp(scores - top_new[..., None]), 0)
+        v_TKSH = jnp.where(seen_TS[:, None, :, None], take(pages.v), 0)
+        new = jnp.einsum("TKGS,TKSH->TKGH", weights.astype(dtype), v_TKSH, preferred_element_type=jnp.float32)
+        decay = jnp.exp(top_TKG - top_new)
+        new = top_new, sum_TKG * decay + weights.sum(-1), out_TKGH * decay[..., None] + new
+        keep = lambda new, old: jnp.where(jnp.expand_dims(open_T, tuple(range(1, old.ndim))), new, old)
+        return tuple(map(keep, new, carry))
+
+    start = (jnp.full(q_TKGH.shape[:3], NEVER), jnp.zeros(q_TKGH.shape[:3]), jnp.zeros(q_TKGH.shape))
+    pages_to = jnp.where(run.valid_T, here_T // page_size + 1, 0).max()
+    pages_from = jnp.where(run.valid_T, first_T, pages_to).min()
+    _, sum_TKG, out_TKGH = lax.fori_loop(pages_from, pages_to, read, start)
+    return (out_TKGH / jnp.where(sum_TKG > 0, sum_TKG, 1)[..., None]).reshape(T, N, H), pages
+
+
+EVERYWHERE = ("cpu", "gpu", "tpu")
+attend = Op("attend", reference=attend_reference,
+            fast={"visits": (EVERYWHERE, attend_visits), "by_page": (EVERYWHERE, attend_by_page)})
+CHUNKS = {("visits", "cpu"): 0, ("visits", "gpu"): 1, ("visits", "tpu"): 1}
+
+
+def chunks(platform: str) -> int | None:
+    """Prompt chunks that a step may carry beside its decode rows; 0 keeps prompt and decode steps apart, None is any
+    number. It is what the implementation that `attend` would take there can do without padding every row to the
+    longest; the CPU, where a step waits for arithmetic and not for weights, gains nothing from sharing one."""
+    return CHUNKS.get((attend.choice(platform), platform))

@@ -54,10 +54,19 @@ class Op:
         """The implementations that `platform` can run, best first; the reference runs everywhere."""
         return [name for name, (platforms, _) in self.fast.items() if platform in platforms] + ["reference"]
 
-    def __call__(self, *args: Any, how: str | None = None, **kwargs: Any) -> Any:
-        now = _tracing.get() or Tracing(jax.default_backend())
-        how = how or now.forced.get(self.name) or self.available(now.platform)[0]
+    def choice(self, platform: str | None = None, how: str | None = None) -> str:
+        """The implementation that a call takes: `how`, else the one forced by `tracing`, else the platform's best.
+
+        Raises ValueError where there is none of that name.
+        """
+        now = _tracing.get() or Tracing(platform or jax.default_backend())
+        how = how or now.forced.get(self.name) or self.available(platform or now.platform)[0]
         if how not in (*self.fast, "reference"):
             raise ValueError(f"{self.name} has no implementation {how!r}; it has {[*self.fast, 'reference']}")
-        now.chosen[self.name] = how
+        return how
+
+    def __call__(self, *args: Any, how: str | None = None, **kwargs: Any) -> Any:
+        how, now = self.choice(how=how), _tracing.get()
+        if now:
+            now.chosen[self.name] = how
         return (self.reference if how == "reference" else self.fast[how][1])(*args, **kwargs)
