@@ -386,6 +386,15 @@ def test_a_window_is_restored_from_the_pages_it_shows():
     drop(tree, again)
 
 
+def test_where_a_window_is_gone_a_neighbour_may_still_show_most_of_it():
+    tree = PrefixTree([PageGroup("kv", 4, 9), PageGroup("near", 4, 5, window=4)])
+    drop(tree, grow(tree, "abcdefgh")[1])
+    drop(tree, grow(tree, "abcdefgz")[1])
+    squeeze(tree, 2, "near")
+    assert tree.pages == {"kv": 3, "near": 1}
+    assert known(tree, "abcdefgh") == 7 and known(tree, "abcd") == 0
+
+
 def test_whoever_read_the_same_at_the_same_time_keeps_its_pages_and_the_tree_forgets_them():
     tree = PrefixTree([PageGroup("kv", 2, 8)])
     _, first = grow(tree, "abcd")
@@ -398,6 +407,16 @@ def test_whoever_read_the_same_at_the_same_time_keeps_its_pages_and_the_tree_for
     assert tree.extend(node, "", (1, 2), {"kv": 7}) is node and tree.pages["kv"] == 0
     drop(tree, second)
     assert tree.pools["kv"].free == 8
+
+
+def test_pages_that_were_read_twice_still_go_from_the_end():
+    tree = PrefixTree([PageGroup("kv", 2, 8)])
+    _, first = grow(tree, "abcd")
+    _, second = grow(tree, "abcdef")
+    drop(tree, first)
+    drop(tree, second)
+    squeeze(tree)
+    assert known(tree, "abcdef") == 4, "the beginning, given back before the end, went first"
 
 
 def test_reading_on_below_a_page_that_somebody_else_has_is_use_of_it():
@@ -424,3 +443,15 @@ def test_among_many_continuations_the_recent_ones_are_found(forks):
         tokens = tuple(map(ord, "abcd" + chr(1000 + i) + "x?"))
         assert tree.match("", tokens, 7).length == (6 if i >= forks - LOOK else 4)
     assert known(tree, "abcd" + chr(1000) + "xyz") == 8, "a whole page is found however long ago"
+
+
+@pytest.mark.parametrize("used", ("abcdWxyz", "abcdWx?", "again"))
+def test_a_continuation_that_is_used_becomes_a_recent_one(used):
+    tree = PrefixTree([PageGroup("kv", 4, 200)])
+    node, _ = grow(tree, "abcd")
+    grow(tree, "Wxyz", node=node)
+    for i in range(2 * LOOK - 2):
+        if i == LOOK - 1:
+            _ = grow(tree, "Wxyz", node=node) if used == "again" else use(tree, used)
+        grow(tree, chr(1000 + i) + "xyz", node=node)
+    assert known(tree, "abcdWx?") == 6
