@@ -254,6 +254,7 @@ class Sequence:
     most: int = field(init=False)  # tokens at which it ends
     slot: int | None = None
     pages: dict[str, list[int | None]] = field(default_factory=dict)
+    matcher: Any = None  # of its grammar, if its answer follows one
     node: Any = None  # the prefix tree's, for the first `indexed` tokens
     indexed: int = 0
     known: int = 0  # tokens that others may find in the prefix tree

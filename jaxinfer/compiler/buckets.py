@@ -4,43 +4,62 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST_BUCKETS = 16
+STEPS = 8  # decode steps that may go in one call
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A step's padded shape: `tokens` in all, `rows`, and the `longest` row. Decode is `longest == 1`."""
+    """A step's padded shape: `tokens` in all, `rows`, and the `longest` row; the first `singles` rows have at most
+    one token each. Decode is `longest == 1`, and `steps` > 1 draws so many tokens for each row in one call."""
 
     longest: int
     rows: int
     tokens: int
+    singles: int = 0
+    steps: int = 1
 
     def __str__(self) -> str:
-        return f"T={self.tokens},R={self.rows}"
+        return f"T={self.tokens},R={self.rows}" + (f",N={self.steps}" if self.steps > 1 else "")
 
     def holds(self, other: Bucket) -> bool:
-        """Whether a step of shape `other` can run padded to this bucket. Decode steps stay decode steps: with
-        `longest == 1` token r is row r."""
-        same_kind = (self.longest == 1) == (other.longest == 1)
-        return same_kind and self.rows >= other.rows and self.tokens >= other.tokens and self.longest >= other.longest
+        """Whether a step of shape `other` can run padded to this bucket: its single rows come first, and its prompt
+        chunks after the rows that are kept for single ones."""
+        chunks = other.rows - other.singles
+        return (self.steps == other.steps and self.longest >= other.longest and self.tokens >= other.tokens
+                and self.rows >= other.rows and self.rows - max(self.singles, other.singles) >= chunks)
+
+
+def decode(rows: int, steps: int = 1) -> Bucket:
+    return Bucket(1, rows, rows, rows, steps)
+
+
+def prompt(tokens: int) -> Bucket:
+    return Bucket(tokens, 1, tokens)
+
+
+def mixed(rows: int, tokens: int) -> Bucket:
+    """`rows` decode rows, and one prompt chunk of `tokens`."""
+    return Bucket(tokens, rows + 1, rows + tokens, rows)
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """The buckets of a model: `prompt` sizes for a step that reads one row's prompt, `rows` for decode steps."""
+    """The `buckets` of a model, the `chunk` of a prompt that one step reads at most, and the buckets of `prompts` that
+    are scored or embedded, which need programs of their own."""
 
-    prompt: tuple[int, ...]
-    rows: tuple[int, ...]
+    buckets: tuple[Bucket, ...]
+    chunk: int
+    prompts: tuple[Bucket, ...]
+
+    def holding(self, shape: Bucket) -> list[Bucket]:
+        """The buckets that a step of this shape can run in, the smallest first."""
+        return sorted((b for b in self.buckets if b.holds(shape)), key=lambda b: (b.tokens, b.rows))
 
     @property
-    def buckets(self) -> tuple[Bucket, ...]:
-        return (*(Bucket(n, 1, n) for n in self.prompt), *(Bucket(1, n, n) for n in self.rows))
-
-    def fit(self, tokens: int, rows: int) -> Bucket:
-        """The smallest bucket for a step of `tokens` tokens in `rows` rows, which is one prompt or all decode."""
-        if tokens > rows:
-            n = min(n for n in self.prompt if n >= tokens)
-            return Bucket(n, 1, n)
-        n = min(n for n in self.rows if n >= rows)
-        return Bucket(1, n, n)
+    def together(self) -> tuple[int, ...]:
+        """The row counts for which several decode steps can go in one call."""
+        return tuple(b.rows for b in self.buckets if b.steps > 1)
 
 
 def powers(most: int, *, least: int = 1, factor: int = 2) -> tuple[int, ...]:
@@ -56,7 +75,21 @@ def powers(most: int, *, least: int = 1, factor: int = 2) -> tuple[int, ...]:
     return (*rungs, most)
 
 
-def default_ladder(max_rows: int, max_context: int) -> Ladder:
-    """Powers of two from 32 to 512 for prompts (of four, from 1,025 rows on) and for rows: at most 16 buckets."""
+def default_ladder(max_rows: int, max_context: int, chunks: int | None = 0) -> Ladder:
+    """Powers of two from 32 to 512 for prompts (of four, from 1,025 rows on) and for rows; then, as far as sixteen
+    buckets go, every other row count again for several steps in a call. Where attention can mix (`chunks` is not 0),
+    a prompt chunk shares its step with up to `max_rows` decode rows."""
     chunk = min(512, max_context)
-    return Ladder(powers(chunk, least=min(32, chunk), factor=2 if max_rows <= 1024 else 4), powers(max_rows))
+    sizes = powers(chunk, least=min(32, chunk), factor=2 if max_rows <= 1024 else 4)
+    first = tuple(prompt(n) if chunks == 0 else mixed(max_rows, n) for n in sizes)
+    rows = tuple(decode(n) for n in powers(max_rows))
+    left = MOST_BUCKETS - len(first) - len(rows)
+    together = tuple(decode(b.rows, STEPS) for b in rows[::-2][:left])
+    return Ladder((*first, *rows, *together[::-1]), chunk, tuple(map(prompt, sizes)))
+
+
+def invariant_ladder(max_rows: int, max_context: int) -> Ladder:
+    """One bucket for every step: whatever shares it with a token, the token's own arithmetic stays the same."""
+    tokens = -(-max(max_rows, 16) // 16) * 16
+    bucket = Bucket(tokens, max_rows, tokens)
+    return Ladder((bucket,), min(tokens, max_context), (bucket,))

@@ -1,13 +1,15 @@
-"""Graph + bucket -> Executable: compiled once, found by shape, never by surprise."""
+"""Graph + bucket -> Executable: compiled once, found by its key, never by surprise."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,168 +19,279 @@ from jaxinfer import events, kernels
 from jaxinfer.compiler import cache
 from jaxinfer.compiler.buckets import Bucket, Ladder
 from jaxinfer.compiler.ledger import Ledger
-from jaxinfer.graph import Graph, Run, forward
+from jaxinfer.graph import Graph, Run, forward, hidden
+from jaxinfer.kernels import BIASES, Edits
 from jaxinfer.kernels.sampling import Draws
+
+MOST_FUNCTIONS = 16  # users' logits functions whose programs are kept
+COPIES = 8  # pages per call of "copy"
+
+
+class Key(NamedTuple):
+    """Which program: its `kind`, the bucket or the rows it is padded to, and a user's function if it runs one."""
+
+    kind: str
+    shape: Bucket | int = 0
+    function: Callable | None = None
+
+    def __str__(self) -> str:
+        shape = f"R={self.shape}" if isinstance(self.shape, int) else str(self.shape)
+        if self.function is not None:
+            shape = f"{getattr(self.function, '__name__', 'function')}@{id(self.function):x},{shape}"
+        return f"{self.kind}[{shape}]" if self.shape else self.kind
 
 
 class Executables:
-    """The compiled `forward` and `sample` steps of one model on one device.
+    """The compiled programs of one model on one device.
 
     `params` and `state` may be arrays or `ShapeDtypeStruct`s: only shapes are read. `table_width` is the number of
-    pages per row of each page table. Compiles run on two threads; `forward` and `sample` block only when nothing
-    that is ready can serve.
+    pages per row of each page table, `max_context` the tokens of a row's history, `forced` names implementations that
+    ops must take. Compiles run on two threads; `get` blocks only when nothing that is ready can serve.
+
+    Kinds: "forward" (params, state, last_S, run) -> state, logits_RV; of several steps, with how each row draws,
+    "greedy_steps" and "steps" -> state, last_S, tokens_NR; "score" and "embed" read a prompt for its own sake;
+    "greedy", "sample" and "edited" draw; "logprobs"; "logits" runs a user's function; "copy" and "history" keep house.
     """
 
-    def __init__(self, graph: Graph, ladder: Ladder, *, params: Any, state: Any, max_rows: int,
-                 table_width: dict[str, int], device: jax.Device, platform: str | None = None):
-        self.graph, self.ladder, self.max_rows, self.table_width = graph, ladder, max_rows, table_width
+    def __init__(self, graph: Graph, ladder: Ladder, *, params: Any, state: Any, max_rows: int, max_context: int,
+                 table_width: dict[str, int], device: jax.Device, platform: str | None = None,
+                 forced: Mapping[str, str] | None = None):
+        self.graph, self.ladder, self.max_rows, self.max_context = graph, ladder, max_rows, max_context
+        self.table_width, self.forced = table_width, forced or {}
         self.platform = platform or device.platform
         self.sharding = SingleDeviceSharding(device)
         self.params, self.state = jax.tree.map(self._like, (params, state))
         self.ledger = Ledger()
         for bucket in ladder.buckets:
-            _ = self.ledger[f"forward[{bucket}]"]
-        self._ready: dict[str, Callable] = {}
-        self._pending: dict[str, Future] = {}
+            _ = self.ledger[str(_forward(bucket))]
+        self._ready: dict[Key, Callable] = {}
+        self._pending: dict[Key, Future] = {}
+        self._functions: list[Callable] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="jaxinfer-compile")
 
     def _like(self, x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding)
 
-    def _ints(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def _array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
 
     # What is compiled.
 
-    def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
-        """`forward(params, state, last_S, run) -> state, logits_RV` at `bucket`, its state donated."""
-        ints = self._ints
-        tables = {name: ints(bucket.rows, width) for name, width in self.table_width.items()}
-        R = bucket.rows
-        run = Run(ints(bucket.tokens), ints(R + 1), ints(R), ints(R), tables, bucket.longest)
+    def lower(self, key: Key) -> jax.stages.Lowered:
+        """The program of `key` for abstract arguments."""
+        kind, shape = key.kind, key.shape
+        if isinstance(shape, Bucket):
+            run, last_S = self._run(shape), self._array(self.max_rows)
+            first, donate = (self.params, self.state, last_S, run), "state"
+            if kind == "forward":
+                return jax.jit(partial(forward, self.graph), donate_argnames=donate).lower(*first)
+            if kind == "greedy_steps":
+                return jax.jit(partial(_steps, self.graph, shape.steps), donate_argnames=donate).lower(
+                    *first, self._array(shape.rows))
+            if kind == "steps":
+                return jax.jit(partial(_steps, self.graph, shape.steps), donate_argnames=donate).lower(
+                    *first, self._array(shape.rows), self._draws(shape.rows))
+            if kind == "score":
+                return jax.jit(partial(_score, self.graph), donate_argnames=donate).lower(
+                    *first, self._array(shape.tokens))
+            return jax.jit(partial(_embed, self.graph), donate_argnames=donate).lower(*first)
+        if kind == "copy":
+            pairs = {group.name: self._array(COPIES) for group in self.graph.groups}
+            return jax.jit(_copy, donate_argnames="state").lower(self.state, pairs, pairs)
+        history_SL = self._array(self.max_rows, self.max_context)
+        if kind == "history":
+            return jax.jit(kernels.begin_history, donate_argnames="history_SL").lower(
+                history_SL, self._array(), self._array(self.max_context))
+        R, V = shape, self.graph.vocab
+        logits_RV, ints = self._array(R, V, dtype=jnp.float32), self._array(R)
+        if kind == "logprobs":
+            return jax.jit(kernels.logprobs).lower(logits_RV, ints)
+        if kind == "logits":
+            chosen_R, seed_R = self._array(R, dtype=jnp.bool_), self._array(R, dtype=jnp.uint32)
+            return jax.jit(partial(kernels.edit_logits, key.function)).lower(  # type: ignore[arg-type]
+                logits_RV, history_SL, ints, chosen_R, ints, ints, seed_R)
+        first = logits_RV, self._array(self.max_rows), ints
+        if kind == "greedy":
+            return jax.jit(kernels.sample_greedy).lower(*first)
+        if kind == "sample":
+            return jax.jit(kernels.sample).lower(*first, self._draws(R))
+        return jax.jit(kernels.sample_edited, donate_argnames="history_SL").lower(
+            *first, self._draws(R), self._edits(R), history_SL)
 
-        def step(params, state, last_S, run):
-            return forward(self.graph, params, state, last_S, run)
+    def _run(self, bucket: Bucket) -> Run:
+        ints, R = self._array, bucket.rows
+        tables = {name: ints(R, width) for name, width in self.table_width.items()}
+        return Run(ints(bucket.tokens), ints(R + 1), ints(R), ints(R), tables, bucket.longest, bucket.singles)
 
-        return jax.jit(step, donate_argnames="state").lower(self.params, self.state, ints(self.max_rows), run)
+    def _draws(self, R: int) -> Draws:
+        floats, ints = self._array(R, dtype=jnp.float32), self._array(R)
+        return Draws(floats, ints, floats, floats, self._array(R, dtype=jnp.uint32), ints)
 
-    def lower_sample(self, rows: int, greedy: bool) -> jax.stages.Lowered:
-        """`sample(logits_RV, last_S, slot_R[, draws]) -> last_S, tokens_R` for `rows` rows."""
-        args = self._ints(rows, self.graph.vocab, dtype=jnp.float32), self._ints(self.max_rows), self._ints(rows)
-        if greedy:
-            return jax.jit(kernels.sample_greedy).lower(*args)
-        floats, ints = self._ints(rows, dtype=jnp.float32), self._ints(rows)
-        draws = Draws(floats, ints, floats, floats, self._ints(rows, dtype=jnp.uint32), ints)
-        return jax.jit(kernels.sample).lower(*args, draws)
+    def _edits(self, R: int) -> Edits:
+        floats, ints, wide = self._array(R, dtype=jnp.float32), self._array(R), partial(self._array, R, BIASES)
+        mask = self._array(R, -(-self.graph.vocab // 32), dtype=jnp.uint32)
+        return Edits(floats, floats, floats, wide(), wide(dtype=jnp.float32), mask, ints, ints)
 
-    def _compile(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> Callable:
+    def _compile(self, key: Key) -> Callable:
+        name = str(key)
         events.emit(events.Compiling(name))
         start = time.perf_counter()
-        with cache.watch() as hits, kernels.tracing(self.platform) as trace:
-            compiled = lower().compile()
+        with cache.watch() as hits, kernels.tracing(self.platform, self.forced) as trace:
+            compiled = self.lower(key).compile()
         entry = self.ledger[name]
         entry.origin, entry.seconds = "disk" if hits else "compiled", time.perf_counter() - start
         entry.kernels = dict(trace.chosen)
-        memory = compiled.memory_analysis()
-        entry.bytes = getattr(memory, "temp_size_in_bytes", 0)
+        entry.bytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
         with self._lock:
-            self._ready[name] = compiled
+            self._ready[key] = compiled
         events.emit(events.Compiling(name, entry.seconds, entry.origin))
         return compiled
 
-    def _start(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> Future:
-        with self._lock:
-            if name not in self._pending:
-                self._pending[name] = self._pool.submit(self._compile, name, lower)
-            return self._pending[name]
-
     # How it is found.
 
-    def _start_forward(self, bucket: Bucket) -> Future:
-        return self._start(f"forward[{bucket}]", lambda: self.lower_forward(bucket))
+    def prepare(self, *keys: Key) -> list[Future]:
+        """Start compiling what has not been started."""
+        with self._lock:
+            return [self._pending.get(key) or self._pending.setdefault(key, self._pool.submit(self._compile, key))
+                    for key in keys]
 
-    def _start_sample(self, rows: int, greedy: bool) -> Future:
-        return self._start(_sample_name(rows, greedy), lambda: self.lower_sample(rows, greedy))
+    def get(self, key: Key, real: int = 1, padded: int = 1) -> Callable:
+        """The program of `key`, waited for if need be, and counted as a hit: `real` of `padded` are no padding."""
+        found = self._ready.get(key) or self._wait(key, self.prepare(key)[0])
+        entry = self.ledger[str(key)]
+        entry.hits += 1
+        entry.tokens += real
+        entry.padding += padded - real
+        return found
 
-    def _wait(self, name: str, future: Future) -> Callable:
+    def _wait(self, key: Key, future: Future) -> Callable:
         """A compile that failed is forgotten once it was reported, so that the next step tries again."""
         try:
             return future.result()
         except BaseException:
             with self._lock:
                 if future.done():
-                    self._pending.pop(name, None)
+                    self._pending.pop(key, None)
             raise
 
-    def bucket(self, tokens: int, rows: int, greedy: bool = True) -> Bucket:
-        """The bucket that a step of this shape will run in: its own if that is ready; else the next larger one that
-        is, while its own is compiled in the background; else its own, which `forward` then waits for."""
-        own = self.ladder.fit(tokens, rows)
-        if self._is_ready(own, greedy):
+    def bucket(self, shape: Bucket, *then: Key) -> Bucket:
+        """The bucket that a step of this shape will run in: its own if that is ready, with what `then` follows on its
+        logits; else the next larger one that is, while its own is compiled in the background; else its own, which
+        `get` then waits for. The rows of `then` are those of the bucket."""
+        holding = self.ladder.holding(shape)
+        own = holding[0]
+        ran_on = next((b for b in holding if self._is_ready(b, then)), own)
+        if self._is_ready(own, then):
             return own
-        name = f"forward[{own}]"
-        if name in self._ready:
-            name = _sample_name(own.rows, greedy)
-        larger = [b for b in self.ladder.buckets if b.holds(own) and self._is_ready(b, greedy)]
-        ran_on = min(larger, key=lambda b: b.tokens, default=own)
-        new = name not in self._pending
-        self._start_forward(own)
-        self._start_sample(own.rows, greedy)
+        needed = self._needed(own, then)
+        new = [key for key in needed if key not in self._pending]
+        self.prepare(*needed)
         if new:
-            why = f"run.tokens_T [{tokens}] and run.kv_lens_R [{rows}] want {own}"
+            name = str(new[0])
+            why = f"run.tokens_T [{shape.tokens}] and run.kv_lens_R [{shape.rows}] want {own}"
             self.ledger[name].missed = f"{why}; ran on {ran_on}"
             events.emit(events.Missed(name, why, str(ran_on)))
         return ran_on
 
-    def ready(self, tokens: int, rows: int, greedy: bool) -> bool:
+    def ready(self, shape: Bucket, *then: Key) -> bool:
         """Whether a step of this shape can run without waiting for a compile."""
-        own = self.ladder.fit(tokens, rows)
-        return any(b.holds(own) and self._is_ready(b, greedy) for b in self.ladder.buckets)
+        return any(self._is_ready(b, then) for b in self.ladder.holding(shape))
 
-    def _is_ready(self, bucket: Bucket, greedy: bool) -> bool:
-        return f"forward[{bucket}]" in self._ready and _sample_name(bucket.rows, greedy) in self._ready
+    def _is_ready(self, bucket: Bucket, then: Iterable[Key]) -> bool:
+        return all(key in self._ready for key in self._needed(bucket, then))
 
-    def forward(self, bucket: Bucket, tokens: int) -> Callable:
-        """The Executable of `bucket`, counted as a hit with `tokens` real tokens."""
-        name = f"forward[{bucket}]"
-        found = self._ready.get(name) or self._wait(name, self._start_forward(bucket))
-        self._count(name, tokens, bucket.tokens)
-        return found
+    def _needed(self, bucket: Bucket, then: Iterable[Key]) -> list[Key]:
+        return [_forward(bucket), *(key._replace(shape=bucket.rows) for key in then)]
 
-    def sample(self, rows: int, greedy: bool, real: int) -> Callable:
-        """The sampler for `rows` rows, of which `real` are no padding."""
-        name = _sample_name(rows, greedy)
-        found = self._ready.get(name) or self._wait(name, self._start_sample(rows, greedy))
-        self._count(name, real, rows)
-        return found
+    def prepare_logits(self, function: Callable) -> list[Future]:
+        """Trace a user's logits function, and start compiling it for one row and for the most.
 
-    def _count(self, name: str, real: int, padded: int) -> None:
-        entry = self.ledger[name]
-        entry.hits += 1
-        entry.tokens += real
-        entry.padding += padded - real
+        Raises InvalidRequest where it does not make logits from logits.
+        """
+        with self._lock:
+            known = function in self._functions
+        if not known:
+            kernels.check_logits_function(function, self.graph.vocab, self.max_context)
+            with self._lock:
+                self._functions.append(function)
+                forgotten = self._functions[:-MOST_FUNCTIONS]
+                del self._functions[:-MOST_FUNCTIONS]
+                for key in [key for key in self._pending if key.function in forgotten]:
+                    del self._pending[key]
+                    self._ready.pop(key, None)
+        return self.prepare(*(Key("logits", rows, function) for rows in self._ends))
 
-    def prepare(self, bucket: Bucket) -> None:
-        """Start compiling what a step of this bucket needs when its rows are greedy."""
-        self._start_forward(bucket)
-        self._start_sample(bucket.rows, True)
+    def prepare_kinds(self, *kinds: str) -> list[Future]:
+        """Start compiling what follows `forward`, for one row and for the most: between them any step can run."""
+        rows = self._ends
+        return self.prepare(*(Key(kind, r) for kind in kinds for r in ([0] if kind == "history" else rows)))
+
+    def prepare_prompt(self, task: str, tokens: int) -> list[Future]:
+        """Start compiling what reads a prompt of so many tokens for its own sake, chunk by chunk."""
+        chunk = self.ladder.chunk
+        sizes = {min(tokens, chunk), tokens % chunk or chunk}
+        fit = lambda n: next(b for b in self.ladder.prompts if b.tokens >= n)
+        return self.prepare(*(Key(task, bucket) for bucket in {fit(n) for n in sizes}))
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        """The least and the most rows of a bucket."""
+        rows = {b.rows for b in self.ladder.buckets}
+        return tuple({min(rows), max(rows)})
 
     def warmup(self, buckets: Iterable[Bucket] | None = None) -> None:
-        """Compile everything (or what `buckets` need), so that no step compiles afterwards."""
+        """Compile everything (or what `buckets` need), so that no step compiles afterwards. Users' functions, and
+        scoring and embedding, are compiled when they are first asked for, before their request is admitted."""
         buckets = tuple(self.ladder.buckets if buckets is None else buckets)
-        started = {f"forward[{b}]": self._start_forward(b) for b in buckets}
-        for rows, greedy in itertools.product(sorted({b.rows for b in buckets}), (True, False)):
-            started[_sample_name(rows, greedy)] = self._start_sample(rows, greedy)
-        for name, future in started.items():
-            self._wait(name, future)
+        rows = sorted({b.rows for b in buckets if b.steps == 1})
+        kinds = "greedy", "sample", "edited", "logprobs"
+        keys = [*map(_forward, buckets), *(Key("steps", b) for b in buckets if b.steps > 1),
+                *(Key(kind, r) for r, kind in itertools.product(rows, kinds)), Key("copy"), Key("history")]
+        for key, future in zip(keys, self.prepare(*keys), strict=True):
+            self._wait(key, future)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ready.clear()
         self._pending.clear()
+        self._functions.clear()
 
 
-def _sample_name(rows: int, greedy: bool) -> str:
-    return f"sample{'_greedy' if greedy else ''}[R={rows}]"
+def _forward(bucket: Bucket) -> Key:
+    return Key("greedy_steps" if bucket.steps > 1 else "forward", bucket)
 
+
+def _steps(graph: Graph, steps: int, params, state, last_S, run: Run, slot_R, draws: Draws | None = None):
+    """`steps` decode steps: each reads what the one before it drew."""
+    def step(carry, i):
+        state, last_S = carry
+        tokens_T = jnp.where(i == 0, run.tokens_T, -1)
+        here = replace(run, tokens_T=tokens_T, kv_lens_R=jnp.where(run.kv_lens_R > 0, run.kv_lens_R + i, 0))
+        state, logits_RV = forward(graph, params, state, last_S, here)
+        if draws is None:
+            last_S, tokens_R = kernels.sample_greedy(logits_RV, last_S, slot_R)
+        else:
+            last_S, tokens_R = kernels.sample(logits_RV, last_S, slot_R, draws._replace(count=draws.count + i))
+        return (state, last_S), tokens_R
+
+    (state, last_S), tokens_NR = jax.lax.scan(step, (state, last_S), jnp.arange(steps, dtype=jnp.int32))
+    return state, last_S, tokens_NR
+
+
+def _score(graph: Graph, params, state, last_S, run: Run, targets_T):
+    """`forward`, and how likely each token's successor in `targets_T` was."""
+    state, x_TD = hidden(graph, params, state, last_S, run)
+    head = partial(graph.head, params)
+    return state, head(x_TD[run.last_R]), kernels.prompt_logprobs(head, x_TD, targets_T)
+
+
+def _embed(graph: Graph, params, state, last_S, run: Run):
+    """The sum of the run's final hidden states, and the last one: `state, sum_D, last_D`."""
+    state, x_TD = hidden(graph, params, state, last_S, run)
+    return state, jnp.where(run.valid_T[:, None], x_TD, 0).sum(0), x_TD[run.last_R[-1]]
+
+
+def _copy(state, from_C, to_C):
+    return {name: [kernels.copy(pages, from_C[name], to_C[name]) for pages in layers]
+            for name, layers in state.items()}

@@ -1,49 +1,69 @@
-"""From tokens to text, on a thread of its own: detokenise, look for stop strings, hand pieces to whoever waits."""
+"""From tokens to text, on a thread of its own: detokenise, look for stop strings, keep deadlines, hand pieces over."""
 
 from __future__ import annotations
 
+import heapq
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from jaxinfer import events
-from jaxinfer.errors import Closed
+from jaxinfer.errors import Closed, Expired, RequestFailed
 from jaxinfer.frontend.tokenizer import TextStream, Tokenizer
-from jaxinfer.request import FinishReason, Output, Piece, Sequence, Timings
+from jaxinfer.request import FinishReason, Logprob, Output, Piece, Request, Sequence, Timings
+from jaxinfer.runtime.answer import Answer
 from jaxinfer.runtime.engine import News
-
-Deliver = Callable[[Piece | BaseException], object]
 
 
 @dataclass
-class Ticket:
-    """One request's way back: its text so far, and `deliver`, which is called with each Piece in order, the last one
-    carrying the Output, or with an exception. It is called from the delivery thread and must not block."""
+class Sample:
+    """One answer on its way back: its text so far, and the part of it that a stop string may yet swallow."""
 
     sequence: Sequence
+    index: int
     text: TextStream
-    deliver: Deliver
-    submitted: float
     shown: list[str] = field(default_factory=list)
-    held: str = ""  # text that a stop string may yet swallow
+    held: str = ""
     tokens: list[int] = field(default_factory=list)
-    fresh: list[int] = field(default_factory=list)  # tokens since the last piece
-    read_at: float | None = None
+    fresh: int = 0  # tokens that no piece has carried yet
+    logprobs: list[Logprob] = field(default_factory=list)
     first_at: float | None = None
+    output: Output | None = None
 
     def add(self, text: str, final: bool = False) -> tuple[str, bool]:
         """Text that may be shown now, and whether a stop string was found (then nothing follows)."""
         self.held += text
-        stops = self.sequence.sampling.stop
+        sampling = self.sequence.sampling
+        stops = sampling.stop if len(self.tokens) > sampling.min_tokens else ()
         found = min((at for stop in stops if (at := self.held.find(stop)) >= 0), default=None)
         if found is not None:
             show, self.held = self.held[:found], ""
             return show, True
-        keep = 0 if final else max((_overlap(self.held, stop) for stop in stops), default=0)
+        keep = 0 if final else max((_overlap(self.held, stop) for stop in sampling.stop), default=0)
         show, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep:]
         return show, False
+
+
+@dataclass
+class Ticket:
+    """One request's way back: its samples, what was read of its prompt for its own sake, and who waits for it."""
+
+    request: Request
+    samples: list[Sample]
+    answer: Answer
+    submitted: float
+    read_at: float | None = None
+    scores: dict[int, Logprob] = field(default_factory=dict)  # by position
+    pooled: list[Any] | None = None  # the sum of the prompt's hidden states, and the last one
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        sequence = self.samples[0].sequence
+        return tuple(sequence.tokens[: sequence.prompt])
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -56,96 +76,195 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Delivery:
-    """Owns the tickets of one model. `cancel(id, reason)`, to be set, is the engine's: it ends a sequence whose text
-    ran into a stop string."""
+    """Owns the tickets of one model: they are touched by its thread alone. `end(sequence, reason)`, to be set, is the
+    engine's: it ends a sequence whose text ran into a stop string, whose time is up or whose caller has gone."""
 
-    cancel: Callable[[int, FinishReason], None]
+    end: Callable[[Sequence, FinishReason], None]
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._tickets: dict[int, Ticket] = {}
-        self._news: queue.SimpleQueue[News | None] = queue.SimpleQueue()
-        self.tell = self._news.put
+        self._tickets: dict[int, tuple[Ticket, Sample]] = {}  # by sequence
+        self._deadlines: list[tuple[float, int, Ticket, str]] = []
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="jaxinfer-delivery", daemon=True)
         self._thread.start()
 
-    def expect(self, sequence: Sequence, deliver: Deliver) -> None:
-        """Open a ticket; call it before the sequence is submitted."""
-        now = time.perf_counter()
-        self._tickets[sequence.id] = Ticket(sequence, self._tokenizer.stream(), deliver, now)
+    # From any thread.
 
-    def abandon(self, id: int) -> None:
+    def expect(self, request: Request, sequences: list[Sequence], answer: Answer) -> Ticket:
+        """Open a ticket; call it before the sequences are submitted."""
+        samples = [Sample(s, i, self._tokenizer.stream()) for i, s in enumerate(sequences)]
+        ticket = Ticket(request, samples, answer, time.perf_counter())
+        self._inbox.put(partial(self._open, ticket))
+        return ticket
+
+    def abandon(self, ticket: Ticket) -> None:
         """End a request whose caller has gone; nothing is delivered any more."""
-        ticket = self._tickets.get(id)
-        if ticket:
-            self._leave(ticket, "cancelled")
+        self._inbox.put(partial(self._close, ticket, "cancelled"))
+
+    def tell(self, news: News) -> None:
+        self._inbox.put(partial(self._hear, news))
+
+    def failed(self, sequence: Sequence, error: BaseException) -> None:
+        self._inbox.put(partial(self._failed, sequence.id, error))
 
     def close(self) -> None:
-        self._news.put(None)
+        self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    # In the delivery thread.
+
     def _loop(self) -> None:
-        while (news := self._news.get()) is not None:
-            ticket = self._tickets.get(news.sequence.id)
-            if ticket is None:
+        while True:
+            wait = self._deadlines[0][0] - time.perf_counter() if self._deadlines else None
+            try:
+                action = self._inbox.get(timeout=None if wait is None else max(wait, 0))
+            except queue.Empty:
+                self._expire()
                 continue
-            try:
-                self._handle(ticket, news)
-            except Exception as error:  # a tokenizer or a callback that fails harms its own request only
-                self._fail(ticket, error)
+            if action is None:
+                return
+            action()
 
-    def _fail(self, ticket: Ticket, error: BaseException) -> None:
-        self._leave(ticket, "failed")
+    def _open(self, ticket: Ticket) -> None:
+        for sample in ticket.samples:
+            self._tickets[sample.sequence.id] = ticket, sample
+        for name in ("queue_timeout", "timeout"):
+            seconds = getattr(ticket.request, name)
+            if seconds is not None:
+                entry = ticket.submitted + seconds, ticket.samples[0].sequence.id, ticket, name
+                heapq.heappush(self._deadlines, entry)
+
+    def _is_open(self, ticket: Ticket) -> bool:
+        return any(sample.sequence.id in self._tickets for sample in ticket.samples)
+
+    def _expire(self) -> None:
+        now = time.perf_counter()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, ticket, name = heapq.heappop(self._deadlines)
+            if not self._is_open(ticket) or (name == "queue_timeout" and ticket.read_at is not None):
+                continue
+            doing = "its prompt had not begun to be read" if ticket.read_at is None else "it was still running"
+            seconds = getattr(ticket.request, name)
+            self._fail(ticket, Expired(f"{name} of {seconds:g} s is over: {doing}"), "expired")
+
+    def _failed(self, id: int, error: BaseException) -> None:
+        if id in self._tickets:
+            self._fail(self._tickets[id][0], error)
+
+    def _fail(self, ticket: Ticket, error: BaseException, reason: FinishReason = "failed") -> None:
+        if isinstance(error, RequestFailed):
+            error.output = self._output(ticket, ticket.samples[0], reason)
+        self._close(ticket, reason)
+        ticket.answer.fail(error)
+
+    def _close(self, ticket: Ticket, reason: FinishReason) -> None:
+        """Forget a ticket, and end what still runs of it."""
+        if not self._is_open(ticket):
+            return
+        for sample in ticket.samples:
+            if self._tickets.pop(sample.sequence.id, None) and sample.sequence.ended is None:
+                self._end(sample.sequence, reason)
+        sequence, tokens = ticket.samples[0].sequence, sum(len(sample.tokens) for sample in ticket.samples)
+        events.emit(events.RequestEnded(sequence.id, reason, sequence.prompt, tokens))
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         try:
-            ticket.deliver(error)
-        except Exception:
-            pass  # the callback is what failed
+            self.end(sequence, reason)
+        except Closed:
+            pass  # the engine ends everything by itself
 
-    def _leave(self, ticket: Ticket, reason: FinishReason) -> None:
-        """Close a ticket, and end its sequence if it still runs."""
-        if self._tickets.pop(ticket.sequence.id, None) is None:
-            return
-        if ticket.sequence.ended is None:
-            try:
-                self.cancel(ticket.sequence.id, reason)
-            except Closed:
-                pass  # the engine ends everything by itself
-        sequence = ticket.sequence
-        events.emit(events.RequestEnded(sequence.id, reason, sequence.prompt, len(ticket.tokens)))
+    def _hear(self, news: News) -> None:
+        for sequence in news.began:
+            if sequence.id in self._tickets:
+                ticket = self._tickets[sequence.id][0]
+                ticket.read_at = ticket.read_at or news.at
+        if news.read:
+            sequence, start, arrays = news.read
+            self._guard(sequence.id, lambda ticket, _: self._read(ticket, start, arrays))
+        for sequence, token, reason in news.drawn:
+            told = news.logprobs and news.logprobs.get(sequence.id)
+            self._guard(sequence.id, self._add, token, reason, told, news.at)
 
-    def _handle(self, ticket: Ticket, news: News) -> None:
-        if news.error is not None:
-            self._fail(ticket, news.error)
+    def _guard(self, id: int, act: Callable[..., None], *args: Any) -> None:
+        """A tokenizer or a callback that fails harms its own request only."""
+        found = self._tickets.get(id)
+        if found is None:
             return
-        if news.token is None and news.ended is None:
-            ticket.read_at = ticket.read_at or news.at
+        try:
+            act(*found, *args)
+        except Exception as error:
+            self._fail(found[0], error)
+
+    def _read(self, ticket: Ticket, start: int, arrays: Any) -> None:
+        prompt, most = ticket.prompt, ticket.request.sampling.prompt_logprobs
+        if most is None:
+            sum_D, last_D = arrays
+            ticket.pooled = [sum_D + (ticket.pooled[0] if ticket.pooled else 0), last_D]
             return
-        text, reason = "", news.ended
-        if news.token is not None:
-            ticket.first_at = ticket.first_at or news.at
-            ticket.tokens.append(news.token)
-            ticket.fresh.append(news.token)
-            if news.token not in ticket.sequence.stops:
-                text = ticket.text.push(news.token)
-        show, stopped = ticket.add(text)
+        for t in range(min(len(arrays.chosen), len(prompt) - 1 - start)):
+            ticket.scores[start + t + 1] = _logprob(arrays, t, prompt[start + t + 1], most)
+
+    def _add(self, ticket: Ticket, sample: Sample, token: int | None, reason: FinishReason | None, told: Any,
+             at: float) -> None:
+        text = ""
+        if token is not None:
+            sample.first_at = sample.first_at or at
+            sample.tokens.append(token)
+            sample.fresh += 1
+            most = sample.sequence.sampling.logprobs
+            if most is not None:
+                sample.logprobs.append(_logprob(told[0], told[1], token, most))
+            if reason != "stop" or token not in sample.sequence.stops:
+                text = sample.text.push(token)
+        show, stopped = sample.add(text)
         if reason and not stopped:
-            more, stopped = ticket.add(ticket.text.finish(), final=True)
+            more, stopped = sample.add(sample.text.finish(), final=True)
             show += more
-        self._show(ticket, show, "stop" if stopped else reason)
+        self._show(ticket, sample, show, "stop" if stopped else reason)
 
-    def _show(self, ticket: Ticket, text: str, reason: FinishReason | None) -> None:
+    def _show(self, ticket: Ticket, sample: Sample, text: str, reason: FinishReason | None) -> None:
         if text:
-            ticket.shown.append(text)
-        if reason is None:
-            if text:
-                ticket.deliver(Piece(text, tuple(ticket.fresh)))
-                ticket.fresh.clear()
+            sample.shown.append(text)
+        if not text and reason is None:
             return
+        output = None
+        if reason is not None:
+            sample.output = self._output(ticket, sample, reason)
+            if all(s.output is not None for s in ticket.samples):
+                output = ticket.samples[0].output
+                assert output is not None
+                if len(ticket.samples) > 1:
+                    output = replace(output, samples=tuple(s.output for s in ticket.samples))  # type: ignore[misc]
+        fresh = slice(len(sample.tokens) - sample.fresh, None)
+        logprobs = tuple(sample.logprobs[fresh]) if sample.logprobs else None
+        piece = Piece(text, tuple(sample.tokens[fresh]), output, sample.index, reason, logprobs)
+        sample.fresh = 0
+        if output is not None:
+            self._close(ticket, output.finish_reason)  # first: who has the Output may abandon the request
+        elif reason is not None:
+            del self._tickets[sample.sequence.id]
+            if sample.sequence.ended is None:
+                self._end(sample.sequence, reason)
+        ticket.answer.deliver(piece)
+
+    def _output(self, ticket: Ticket, sample: Sample, reason: FinishReason) -> Output:
         end, start = time.perf_counter(), ticket.submitted
-        read, first = ticket.read_at or end, ticket.first_at or end
-        times = Timings(read - start, first - start, end - start, len(ticket.tokens))
-        prompt = tuple(ticket.sequence.tokens[: ticket.sequence.prompt])
-        output = Output(prompt, "".join(ticket.shown), tuple(ticket.tokens), reason, times)
-        self._leave(ticket, reason)  # first: who has the Output abandons the request, which would call it cancelled
-        ticket.deliver(Piece(text, tuple(ticket.fresh), output))
+        read, first = ticket.read_at or end, sample.first_at or end
+        times = Timings(read - start, first - start, end - start, len(sample.tokens))
+        sampling, prompt = ticket.request.sampling, ticket.prompt
+        text = "".join(sample.shown)
+        if sampling.echo:
+            asked = ticket.request.prompt
+            text = (asked if isinstance(asked, str) else self._tokenizer.decode(prompt)) + text
+        scores = None
+        if sampling.prompt_logprobs is not None:
+            scores = tuple(ticket.scores.get(i) for i in range(len(prompt)))
+        logprobs = tuple(sample.logprobs) if sampling.logprobs is not None else None
+        return Output(prompt, text, tuple(sample.tokens), reason, times, logprobs, scores, (), sample.sequence.reused)
+
+
+def _logprob(arrays: Any, row: int, token: int, most: int) -> Logprob:
+    top = zip(arrays.top_tokens[row, :most].tolist(), arrays.top[row, :most].tolist(), strict=True)
+    return Logprob(token, float(arrays.chosen[row]), int(arrays.rank[row]), tuple(top))

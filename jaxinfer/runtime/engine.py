@@ -5,86 +5,144 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.compiler import Executables
-from jaxinfer.errors import Closed, StepFailed
-from jaxinfer.graph import State
+from jaxinfer.compiler import Bucket, Executables, Key
+from jaxinfer.compiler.buckets import STEPS
+from jaxinfer.compiler.executables import COPIES
+from jaxinfer.errors import Closed, Rejected, RequestFailed, StepFailed
+from jaxinfer.graph import Run, State
 from jaxinfer.request import FinishReason, Sequence
 from jaxinfer.runtime.pack import Packer
-from jaxinfer.scheduler import Plan, Scheduler
+from jaxinfer.scheduler import Drawn, Plan, Scheduler
+
+TOGETHER = 0.02  # seconds that several decode steps in one call may take: nobody should see a stream stutter
 
 
-@dataclass(frozen=True)
-class News:
-    """What the engine tells of a sequence: it began to be read, a token was drawn, or it ended (or several at once)."""
+class News(NamedTuple):
+    """What the engine tells of a step: who began to be read, what was drawn and who ended by it, log-probabilities
+    by sequence, and what was read of a prompt for its own sake: (sequence, position of the first, arrays)."""
 
-    sequence: Sequence
-    token: int | None = None
-    ended: FinishReason | None = None
-    error: BaseException | None = None
-    at: float = 0.0
+    at: float
+    began: tuple[Sequence, ...] = ()
+    drawn: tuple[Drawn, ...] | list[Drawn] = ()
+    logprobs: dict[int, Any] | None = None
+    read: tuple[Sequence, int, Any] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Flight:
-    """A dispatched step, not yet read back."""
+    """A dispatched step, not yet read back. `tokens` [R] or [steps, R] is None while a grammar's masks, which depend
+    on the step before, are still to be made."""
 
     plan: Plan
-    tokens_R: jax.Array
+    rows: np.ndarray  # the bucket's row of each row of the plan
+    remember_R: np.ndarray
+    then: tuple[Key, ...]
+    logits_RV: Any = None
+    tokens: Any = None
+    logprobs: Any = None
+    read: Any = None
 
 
 class Engine:
-    """Runs sequences on one model version. `tell` is called with every `News`, from the engine's thread.
+    """Runs sequences on one model version. `tell` is called with `News` of every step, and `failed` with a sequence
+    and an error, both from the engine's thread.
 
-    The state lives here and nowhere else: it is donated to each step and replaced by what the step returns.
+    The state lives here and nowhere else: it is donated to each step and replaced by what the step returns. At most
+    `max_waiting` requests and `max_waiting_tokens` tokens of theirs wait; what comes on top is rejected.
     """
 
     def __init__(self, executables: Executables, scheduler: Scheduler, params: Any, make_state: Callable[[], State],
-                 tell: Callable[[News], None], device: jax.Device):
-        self.executables, self.scheduler, self.params, self.tell = executables, scheduler, params, tell
-        self.packer = Packer(scheduler.max_rows, executables.table_width)
+                 tell: Callable[[News], None], failed: Callable[[Sequence, BaseException], None], device: jax.Device, *,
+                 max_waiting: int, max_waiting_tokens: int):
+        self.executables, self.scheduler, self.params = executables, scheduler, params
+        self.tell, self.failed = tell, failed
+        self.max_waiting, self.max_waiting_tokens = max_waiting, max_waiting_tokens
+        self.waiting = self.waiting_tokens = 0  # submitted, and not yet begun to be read
+        self.packer = Packer(scheduler.max_rows, executables.table_width, executables.graph.vocab)
+        self._queued: dict[int, int] = {}  # the tokens of each that waits
+        self._pace = 0.0  # seconds between two that leave the queue, on average
+        self._left = 0.0  # when the last one left it
+        self._step_seconds = 1.0  # of a decode step, on average
+        self._committed = 0.0  # when the last step was; 0 after a pause
         self._device, self._make_state = device, make_state
         self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
+        lock = threading.RLock()
+        self._wake, self._room = threading.Condition(lock), threading.Condition(lock)
         self._closing = False
         self._reset()
         self._thread = threading.Thread(target=self._loop, name="jaxinfer-engine", daemon=True)
         self._thread.start()
 
     def _reset(self) -> None:
-        self.state = self.last_S = None  # the old pool goes before the new one comes
+        self.state = self.last_S = self.history_SL = None  # the old pool goes before the new one comes
         self.state = self._make_state()
         self.last_S = jax.device_put(jnp.zeros(self.scheduler.max_rows, jnp.int32), self._device)
 
     # From any thread.
 
+    def admit(self, sequences: Iterable[Sequence], wait: bool = False) -> None:
+        """Make room in the queue for all of `sequences`, or raise Rejected; with `wait`, block until there is room.
+        An empty queue takes anything."""
+        sequences = tuple(sequences)
+        tokens = sum(s.prompt for s in sequences)
+        with self._wake:
+            while True:
+                self._check_open()
+                full = (self.waiting + len(sequences) > self.max_waiting
+                        or self.waiting_tokens + tokens > self.max_waiting_tokens)
+                if not (full and self.waiting):
+                    break
+                if not wait:
+                    raise self._rejected(len(sequences), tokens)
+                self._room.wait()
+            for sequence in sequences:
+                self._queued[sequence.id] = sequence.prompt
+            self.waiting, self.waiting_tokens = self.waiting + len(sequences), self.waiting_tokens + tokens
+
+    def _rejected(self, count: int, tokens: int) -> Rejected:
+        excess = max(1, self.waiting + count - self.max_waiting)
+        if self.waiting_tokens + tokens > self.max_waiting_tokens:
+            share = (self.waiting_tokens + tokens - self.max_waiting_tokens) / max(self.waiting_tokens, 1)
+            excess = max(excess, share * self.waiting)
+        pace = max(self._pace, time.perf_counter() - self._left if self._left else 1.0)
+        return Rejected(
+            f"the queue is full: {self.waiting} requests of {self.waiting_tokens} tokens wait, and max_waiting="
+            f"{self.max_waiting}, max_waiting_tokens={self.max_waiting_tokens}; try again in {pace * excess:.1f} s",
+            self.waiting, pace * excess)
+
     def submit(self, *sequences: Sequence) -> None:
+        """Queue sequences for which `admit` made room."""
         def enter():
             for sequence in sequences:
-                self.scheduler.submit(sequence)
+                if sequence.ended is None:
+                    self.scheduler.submit(sequence)
         self._post(enter)
 
-    def cancel(self, id: int, reason: FinishReason = "cancelled") -> None:
-        """End a sequence between two steps; `tell` hears of it unless it had ended already."""
+    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence between two steps. Whoever calls this tells its caller."""
         def leave():
-            sequence = self.scheduler.cancel(id, reason)
-            if sequence:
-                self.tell(News(sequence, ended=reason))
+            self.scheduler.cancel(sequence.id, reason)
+            sequence.ended = sequence.ended or reason
+            self._leave_queue([sequence.id])
         self._post(leave)
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:
-            if self._closing:
-                raise Closed("this model is closed; load it again to use it")
+            self._check_open()
             self._inbox.append(action)
-            self._wake.notify()
+            self._wake.notify_all()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise Closed("this model is closed; load it again to use it")
 
     @property
     def closed(self) -> bool:
@@ -94,7 +152,7 @@ class Engine:
         """Stop after the step that runs now. Sequences that have not ended fail with `Closed`."""
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._wake.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -109,18 +167,19 @@ class Engine:
             error.__cause__ = unexpected
         with self._wake:
             self._closing, actions = True, tuple(self._inbox)
+            self._room.notify_all()
         for action in actions:
             action()
         for sequence in tuple(self.scheduler.sequences.values()):
-            self.scheduler.cancel(sequence.id)
-            self.tell(News(sequence, ended="cancelled", error=error))
-        self.state = self.params = None
+            self.scheduler.cancel(sequence.id, "failed")
+            self.failed(sequence, error)
+        self.state = self.params = self.history_SL = None
 
     def _run(self) -> None:
         flying: Flight | None = None
         while True:
             with self._wake:
-                while not (self._inbox or self._closing or flying or self.scheduler.running or self.scheduler.waiting):
+                while not (self._inbox or self._closing or flying or self.scheduler.sequences):
                     self._wake.wait()
                 actions, closing = tuple(self._inbox), self._closing
                 self._inbox.clear()
@@ -130,42 +189,236 @@ class Engine:
                 break
             plan = None
             try:
-                plan = self.scheduler.plan()
-                if plan and flying and not self.executables.ready(*_shape(plan)):
+                plan = self.scheduler.plan(self._steps())
+                if plan and flying and not self._is_ready(plan):
                     plan, late = flying.plan, plan
                     self._commit(flying)  # nobody should wait for a compile to see tokens that are there
                     plan, flying = late, None
                 ahead = self._dispatch(plan) if plan else None
                 last, flying = flying, ahead
+                self._committed *= bool(last)
                 if last:
                     plan = last.plan
                     self._commit(last)
+                if ahead and ahead.tokens is None:
+                    plan = ahead.plan
+                    self._sample(ahead)
             except Exception as error:
                 flying = None
                 self._recover(plan, error)
         if flying:
-            jax.block_until_ready(flying.tokens_R)
+            jax.block_until_ready(flying.tokens)
 
-    def _dispatch(self, plan: Plan) -> Flight:
-        tokens, rows, greedy = _shape(plan)
+    # One step.
+
+    def _steps(self) -> int:
+        """How many decode steps to ask for: several if they are so short that the host is what they would wait for."""
+        s = self.scheduler
+        rows = [rows for rows in self.executables.ladder.together if rows >= len(s.running)]
+        if not rows or s.waiting or s.reading or not s.running or self._step_seconds * STEPS > TOGETHER:
+            return 1
+        key = Key("greedy_steps" if _greedy(s.running) else "steps", Bucket(1, rows[0], rows[0], rows[0], STEPS))
+        if any(future.done() for future in self.executables.prepare(key)):
+            return STEPS
+        return 1
+
+    def _then(self, plan: Plan) -> tuple[Key, ...]:
+        """What follows `forward` in this step, for any number of rows."""
+        drawing = [self.scheduler.sequences[id] for id, draws in zip(plan.ids, plan.draws, strict=True) if draws]
+        if all(s.plain for s in drawing):
+            return (Key("greedy" if _greedy(drawing) else "sample"),)
+        functions = dict.fromkeys(s.sampling.logits for s in drawing if s.sampling.logits)
+        edited = any(s.sampling.edits for s in drawing)
+        return (*(Key("logits", 0, function) for function in functions),
+                Key("edited" if edited else "greedy" if _greedy(drawing) else "sample"),
+                *([Key("logprobs")] if any(s.sampling.logprobs is not None for s in drawing) else ()))
+
+    def _is_ready(self, plan: Plan) -> bool:
+        if plan.task != "draw" or plan.steps > 1:
+            return True  # compiled before it was admitted, or asked for
+        return self.executables.ready(_shape(plan), *self._then(plan))
+
+    def _dispatch(self, plan: Plan) -> Flight | None:
         now = time.perf_counter()
-        for row in plan.rows:
-            if row.start == 0:
-                self.tell(News(self.scheduler.sequences[row.sequence], at=now))
-        bucket = self.executables.bucket(tokens, rows, greedy)
-        run, remember_R = self.packer.pack(plan, bucket)
-        draws = [] if greedy else [self.packer.draws(plan, bucket.rows)]
-        forward = self.executables.forward(bucket, tokens)
-        sample = self.executables.sample(bucket.rows, greedy, rows)
-        self.state, logits_RV = forward(self.params, self.state, self.last_S, run)
-        self.last_S, tokens_R = sample(logits_RV, self.last_S, remember_R, *draws)
-        return Flight(plan, tokens_R)
+        began = tuple(self.scheduler.sequences[b.sequence] for b in plan.began)
+        if began:
+            self._leave_queue([s.id for s in began])
+            self.tell(News(now, began))
+        shape, then, find = _shape(plan), self._then(plan), self.executables
+        if plan.task != "draw":
+            bucket = next(b for b in find.ladder.prompts if b.holds(shape))
+        else:
+            bucket = find.bucket(shape, *then) if plan.steps == 1 else find.ladder.holding(shape)[0]
+        packed = self._pack(plan, bucket)
+        self._keep_house(plan)
+        if packed is None:
+            return None
+        plan, run, flight = packed
+        flight.then = tuple(key._replace(shape=bucket.rows) for key in then)
+        first, real = (self.params, self.state, self.last_S, run), len(plan.tokens)
+        if plan.steps > 1:
+            greedy = then[0].kind == "greedy"
+            steps = find.get(Key("greedy_steps" if greedy else "steps", bucket), real, bucket.tokens)
+            draws = () if greedy else (self.packer.draws(plan, flight.rows, bucket.rows),)
+            self.state, self.last_S, flight.tokens = steps(*first, flight.remember_R, *draws)
+            return flight
+        if plan.task == "draw":
+            self.state, flight.logits_RV = find.get(Key("forward", bucket), real, bucket.tokens)(*first)
+        elif plan.task == "embed":
+            self.state, *flight.read = find.get(Key("embed", bucket), real, bucket.tokens)(*first)
+            flight.tokens = np.zeros(bucket.rows, np.int32)
+            return flight
+        else:
+            score = find.get(Key("score", bucket), real, bucket.tokens)
+            self.state, flight.logits_RV, flight.read = score(*first, self._targets(plan, bucket))
+        if not any(s.matcher is not None for s in self._drawing(plan).values()):
+            self._sample(flight)
+        return flight
+
+    def _pack(self, plan: Plan, bucket: Bucket) -> tuple[Plan, Run, Flight] | None:
+        """The step's arrays. Rows that cannot be packed fail, and the others go on without them."""
+        try:
+            run, remember_R, rows = self.packer.pack(plan, bucket)
+        except Exception:
+            errors = {}
+            for r, id in enumerate(plan.ids):
+                try:
+                    self.packer.pack(plan.only([r]), bucket)
+                except Exception as error:
+                    errors[r] = error
+                    self._fail(self.scheduler.sequences[id], f"this request could not be packed: {error}", error)
+            if not errors:
+                raise
+            plan = plan.only([r for r in range(len(plan.ids)) if r not in errors])
+            if not plan.ids:
+                return None
+            run, remember_R, rows = self.packer.pack(plan, bucket)
+        return plan, run, Flight(plan, rows, remember_R, ())
+
+    def _keep_house(self, plan: Plan) -> None:
+        """Before the step: copy pages that are forked, and write down the tokens of who wants them looked at."""
+        for at in range(0, len(plan.copies), COPIES):
+            sources = {g.name: np.zeros(COPIES, np.int32) for g in self.scheduler.groups}
+            targets = {g.name: np.full(COPIES, g.pages, np.int32) for g in self.scheduler.groups}
+            for i, (name, source, target) in enumerate(plan.copies[at:at + COPIES]):
+                sources[name][i], targets[name][i] = source, target
+            self.state = self.executables.get(Key("copy"))(self.state, sources, targets)
+        for began in plan.began:
+            if began.sampling.edits and began.sequence in self.scheduler.sequences:
+                tokens_L = np.zeros(self.executables.max_context, np.int32)
+                tokens_L[: len(began.tokens)] = began.tokens
+                if self.history_SL is None:
+                    shape = self.scheduler.max_rows, self.executables.max_context
+                    self.history_SL = jax.device_put(jnp.zeros(shape, jnp.int32), self._device)
+                self.history_SL = self.executables.get(Key("history"))(
+                    self.history_SL, np.int32(began.slot), tokens_L)
+
+    def _targets(self, plan: Plan, bucket: Bucket) -> np.ndarray:
+        """The token after each token of the only row."""
+        tokens = self.scheduler.sequences[plan.ids[0]].tokens
+        following = tokens[plan.starts[0] + 1: plan.starts[0] + 1 + plan.lens[0]]
+        targets_T = np.zeros(bucket.tokens, np.int32)
+        targets_T[: len(following)] = following
+        return targets_T
+
+    def _drawing(self, plan: Plan) -> dict[int, Sequence]:
+        """The sequences for which the step draws, by their rows in the plan, but for those that have ended since."""
+        found = ((r, self.scheduler.sequences.get(id)) for r, id in enumerate(plan.ids) if plan.draws[r])
+        return {r: sequence for r, sequence in found if sequence}
+
+    def _sample(self, flight: Flight) -> None:
+        """Draw from the step's logits: users' functions, then edits, then the draw, then its log-probabilities."""
+        plan, logits_RV, drawing = flight.plan, flight.logits_RV, self._drawing(flight.plan)
+        R, real = logits_RV.shape[0], len(plan.ids)
+        history_SL, flight.logits_RV = self.history_SL, None
+        for key in flight.then:
+            found = self.executables.get(key, real, R)
+            if key.kind == "logits":
+                chosen_R, length_R, prompt_R = np.zeros(R, bool), np.zeros(R, np.int32), np.zeros(R, np.int32)
+                seed_R, slot_R = np.zeros(R, np.uint32), np.zeros(R, np.int32)
+                for r, s in drawing.items():
+                    if s.sampling.logits is key.function:
+                        at = flight.rows[r]
+                        chosen_R[at], length_R[at], prompt_R[at] = True, s.prompt + plan.counts[r], s.prompt
+                        seed_R[at], slot_R[at] = s.sampling.seed or 0, plan.slots[r]
+                edited_RV = found(logits_RV, history_SL, slot_R, chosen_R, length_R, prompt_R, seed_R)
+                flight.logits_RV, logits_RV = logits_RV if flight.logits_RV is None else flight.logits_RV, edited_RV
+            elif key.kind == "logprobs":
+                raw_RV = logits_RV if flight.logits_RV is None else flight.logits_RV
+                flight.logprobs = found(raw_RV, flight.tokens)
+            elif key.kind == "greedy":
+                self.last_S, flight.tokens = found(logits_RV, self.last_S, flight.remember_R)
+            else:
+                draws = self.packer.draws(plan, flight.rows, R)
+                if key.kind == "sample":
+                    self.last_S, flight.tokens = found(logits_RV, self.last_S, flight.remember_R, draws)
+                else:
+                    self.last_S, self.history_SL, flight.tokens = found(
+                        logits_RV, self.last_S, flight.remember_R, draws, self._edits(flight, drawing, R), history_SL)
+        flight.logits_RV = None
+
+    def _edits(self, flight: Flight, drawing: dict[int, Sequence], R: int):
+        edits = self.packer.no_edits(R)
+        for r, sequence in drawing.items():
+            if sequence.sampling.edits:
+                try:
+                    self.packer.edit(edits, flight.rows[r], sequence, flight.plan.counts[r])
+                except Exception as error:
+                    self._fail(sequence, f"what may be drawn next could not be said: {error}", error)
+        return edits
+
+    # What became of it.
 
     def _commit(self, flight: Flight) -> None:
-        tokens = np.asarray(flight.tokens_R)[: len(flight.plan.rows)].tolist()
+        plan = flight.plan
+        tokens_NR = np.asarray(flight.tokens).reshape(plan.steps, -1)[:, flight.rows].tolist()
+        logprobs = jax.tree.map(np.asarray, flight.logprobs)
         now = time.perf_counter()
-        for drawn in self.scheduler.commit(flight.plan, tokens):
-            self.tell(News(drawn.sequence, drawn.token, drawn.ended, at=now))
+        if self._committed and plan.singles == len(plan.ids):
+            self._step_seconds += 0.3 * ((now - self._committed) / plan.steps - self._step_seconds)
+        self._committed = now
+        told = None
+        if logprobs is not None:
+            told = {id: (logprobs, row) for id, row in zip(plan.ids, flight.rows.tolist(), strict=True)}
+        read = None
+        if flight.read is not None and (reader := self.scheduler.sequences.get(plan.ids[0])):
+            read = (reader, plan.starts[0], jax.tree.map(np.asarray, flight.read))
+        drawn = self.scheduler.commit(plan, tokens_NR)
+        for s, token, ended in drawn:
+            if token is not None and token < 0:
+                self._fail(s, "no token could be drawn: the logits are not numbers, or every token is forbidden")
+            elif s.matcher is not None and token is not None and not ended:
+                drawn = self._advance(s, token, drawn)
+        self.tell(News(now, (), drawn, told, read))
+
+    def _advance(self, sequence: Sequence, token: int, drawn: list[Drawn]) -> list[Drawn]:
+        """Tell a grammar what was drawn; an answer to which nothing can be added has ended."""
+        try:
+            if sequence.matcher.accept(token):
+                self.scheduler.cancel(sequence.id, "stop")
+                return [d._replace(ended="stop") if d.sequence is sequence else d for d in drawn]
+        except Exception as error:
+            self._fail(sequence, f"the grammar refused the token {token}: {error}", error)
+        return drawn
+
+    def _fail(self, sequence: Sequence, message: str, cause: BaseException | None = None) -> None:
+        """End one request; its neighbours go on."""
+        error = RequestFailed(message)
+        error.__cause__ = cause
+        self.scheduler.cancel(sequence.id, "failed")
+        self.failed(sequence, error)
+
+    def _leave_queue(self, ids: Iterable[int]) -> None:
+        now = time.perf_counter()
+        with self._wake:
+            for id in ids:
+                tokens = self._queued.pop(id, None)
+                if tokens is not None:
+                    self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - tokens
+                    if self._left:
+                        self._pace += 0.1 * (now - self._left - self._pace) if self._pace else now - self._left
+                    self._left = now
+            self._room.notify_all()
 
     def _recover(self, plan: Plan | None, error: Exception) -> None:
         """The donated state went with the step: rebuild it and read every running sequence again. Those of a step
@@ -176,11 +429,14 @@ class Engine:
         for sequence in failed:
             failure = StepFailed(f"the step failed, and failed again when it was repeated: {error}")
             failure.__cause__ = error
-            self.tell(News(sequence, ended="failed", error=failure))
+            self.failed(sequence, failure)
         self._reset()
 
 
-def _shape(plan: Plan) -> tuple[int, int, bool]:
-    """A step's tokens and rows, and whether all that it draws is greedy."""
-    greedy = not any(row.draws and row.sampling.temperature > 0 for row in plan.rows)
-    return sum(len(row.tokens) for row in plan.rows), len(plan.rows), greedy
+def _greedy(sequences: Iterable[Sequence]) -> bool:
+    return all(s.sampling.temperature == 0 for s in sequences)
+
+
+def _shape(plan: Plan) -> Bucket:
+    """A step's own shape, unpadded."""
+    return Bucket(max(plan.lens), len(plan.ids), len(plan.tokens), plan.singles, plan.steps)

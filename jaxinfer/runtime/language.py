@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import operator
 import os
-import queue
+import threading
+import time
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import CancelledError
-from contextlib import closing
-from typing import Any
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
+import numpy as np
+
+from jaxinfer import events
 from jaxinfer.compiler import Ledger
-from jaxinfer.errors import Closed, InvalidRequest
+from jaxinfer.errors import Closed, InvalidRequest, JaxinferError, Rejected
+from jaxinfer.frontend.constraint import compile_grammar
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Graph
-from jaxinfer.request import Output, Piece, Sampling, Sequence
-from jaxinfer.runtime.delivery import Deliver, Delivery
+from jaxinfer.request import CONSTRAINTS, Output, Piece, Prompt, Request, Sampling, Score, Sequence
+from jaxinfer.runtime.answer import Answer, Stream
+from jaxinfer.runtime.delivery import Delivery, Ticket
 from jaxinfer.runtime.engine import Engine
+from jaxinfer.runtime.pack import check
+from jaxinfer.scheduler import AGEING
 
-Prompt = str | SequenceOf[int]
+Ask = Prompt | Request
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a model is doing and has done. `waiting` and `running` requests; `steps` dispatched; sequences `preempted`;
+    prompt tokens `read` and `reused` (found computed); pages in all, free, and `kept` for those who begin alike."""
+
+    waiting: int
+    waiting_tokens: int
+    running: int
+    steps: int
+    preempted: int
+    read: int
+    reused: int
+    pages: int
+    pages_free: int
+    pages_kept: int
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of prompt tokens that need not be read."""
+        return self.reused / max(self.read + self.reused, 1)
 
 
 class LanguageModel:
     """What `jaxinfer.load` returns. Safe to use from any number of threads and event loops at once.
 
-    A prompt is text or token ids. Options of `Sampling` may be given by name and override `sampling`. All methods
-    raise `InvalidRequest` before anything is queued, and `Closed` after `close()`.
+    A prompt is text or token ids, or a `Request`. Options of `Sampling` and of `Request` may be given by name and
+    override both. All methods raise `InvalidRequest` before anything is queued, `Rejected` when the queue is full
+    (`generate`, `score` and `embed` wait instead), `RequestFailed` or one of its kinds (`Expired`, `Closed`) when a
+    request ends otherwise than asked, and `Closed` after `close()`.
     """
 
     def __init__(self, graph: Graph, tokenizer: Tokenizer, engine: Engine, delivery: Delivery, *, config: Any,
@@ -39,59 +71,42 @@ class LanguageModel:
         self._engine, self._delivery, self._eos = engine, delivery, eos
         self._ids = itertools.count(1)
         self._load_seconds = load_seconds
-        delivery.cancel = engine.cancel
+        delivery.end = engine.end
         self._shut = weakref.finalize(self, _shut, engine, delivery)  # also when it is dropped, and at exit
 
     # Asking.
 
-    def __call__(self, prompt: Prompt, sampling: Sampling | None = None, **options: Any) -> Output:
+    def submit(self, prompt: Ask, sampling: Sampling | None = None, *,
+               on_piece: Callable[[Piece], object] | None = None, **options: Any) -> Answer:
+        """Queue a request and return at once: the `Answer` is a future, an iterator and an awaitable of its pieces."""
+        return self._submit(self._ask(prompt, sampling, options), on_piece)[0]
+
+    def __call__(self, prompt: Ask, sampling: Sampling | None = None, **options: Any) -> Output:
         """The whole answer to one prompt."""
-        return self._last(self.stream(prompt, sampling, **options))
+        return _wait([self.submit(prompt, sampling, **options)])[0]
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None, **options: Any) -> Iterator[Piece]:
+    def stream(self, prompt: Ask, sampling: Sampling | None = None, **options: Any) -> Stream:
         """The answer piece by piece; the last piece carries the `Output`. Closing the iterator cancels the request."""
-        return self._stream(self._sequence(self._encode(prompt), sampling, options))
+        return Stream(self.submit(prompt, sampling, **options))
 
-    def generate(self, prompts: Prompt | Iterable[Prompt], sampling: Sampling | SequenceOf[Sampling] | None = None,
+    def generate(self, prompts: Ask | Iterable[Ask], sampling: Sampling | SequenceOf[Sampling] | None = None,
                  **options: Any) -> list[Output]:
         """The answers to many prompts, batched, in their order. `sampling` is one for all, or one for each."""
-        many: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if many and not isinstance(prompts, str) and hasattr(many[0], "__index__"):
-            many = [prompts]  # one prompt of token ids
+        many = _many(prompts)
         each = list(sampling) if isinstance(sampling, SequenceOf) else [sampling] * len(many)
         if len(each) != len(many):
             raise InvalidRequest(f"{len(each)} samplings were given for {len(many)} prompts; give one, or one for each")
-        sequences = [self._sequence(self._encode(p), s, options) for p, s in zip(many, each, strict=True)]
-        answers = [queue.SimpleQueue() for _ in sequences]
-        try:
-            self._submit(*zip(sequences, (a.put for a in answers), strict=True))
-            return [self._last(_pieces(answer)) for answer in answers]
-        finally:
-            self._abandon(*sequences)
+        asked = [self._ask(p, s, dict(options)) for p, s in zip(many, each, strict=True)]
+        return [answer for answer, _ in self._all(asked)]
 
-    async def agenerate(self, prompt: Prompt, sampling: Sampling | None = None, **options: Any) -> Output:
+    async def agenerate(self, prompt: Ask, sampling: Sampling | None = None, **options: Any) -> Output:
         """`__call__` for asyncio and notebook cells; cancelling the task cancels the request."""
-        output = None
-        async for piece in self.astream(prompt, sampling, **options):
-            output = piece.output
-        assert output is not None
-        return output
+        return await self.submit(prompt, sampling, **options)
 
-    async def astream(self, prompt: Prompt, sampling: Sampling | None = None, **options: Any) -> AsyncIterator[Piece]:
+    async def astream(self, prompt: Ask, sampling: Sampling | None = None, **options: Any) -> AsyncIterator[Piece]:
         """`stream` for asyncio."""
-        sequence = self._sequence(self._encode(prompt), sampling, options)
-        loop, answer = asyncio.get_running_loop(), asyncio.Queue()
-        self._submit((sequence, lambda item: loop.call_soon_threadsafe(answer.put_nowait, item)))
-        try:
-            last = False
-            while not last:
-                item = await answer.get()
-                if isinstance(item, BaseException):
-                    raise item
-                last = item.output is not None
-                yield item
-        finally:
-            self._abandon(sequence)
+        async for piece in self.submit(prompt, sampling, **options):
+            yield piece
 
     def chat(self, messages: str | SequenceOf[Mapping[str, Any]], sampling: Sampling | None = None, *,
              stream: bool = False, tools: Any = None, **options: Any) -> Any:
@@ -103,10 +118,44 @@ class LanguageModel:
             messages = [{"role": "user", "content": messages}]
         text = self.tokenizer.render_chat(messages, tools=tools)  # type: ignore[arg-type]
         prompt = self.tokenizer.encode(text, add_special=False)
-        pieces = self._stream(self._sequence(prompt, sampling, options))
-        return pieces if stream else self._last(pieces)
+        return (self.stream if stream else self)(prompt, sampling, **options)
+
+    def score(self, texts: Ask | Iterable[Ask], **options: Any) -> list[Score]:
+        """How likely each text is to the model: log-probabilities of its tokens, and its perplexity."""
+        how = Sampling(max_tokens=0, prompt_logprobs=0)
+        outputs = self._all([self._ask(text, how, dict(options)) for text in _many(texts)])
+        told = ((output.prompt_tokens, output.prompt_logprobs or ()) for output, _ in outputs)
+        return [Score(tokens, tuple(told.logprob for told in logprobs[1:] if told)) for tokens, logprobs in told]
+
+    def embed(self, texts: Ask | Iterable[Ask], *, pooling: Literal["mean", "last"] = "mean", **options: Any
+              ) -> np.ndarray:
+        """The final hidden states of each text, as one vector each: float32 [texts, width].
+
+        `pooling`: "mean" over all tokens, or the "last" token's. (After the final norm, as transformers'
+        `last_hidden_state`.)
+        """
+        if pooling not in ("mean", "last"):
+            raise InvalidRequest(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
+        how = Sampling(max_tokens=0)
+        outputs = self._all([self._ask(text, how, dict(options), task="embed") for text in _many(texts)])
+        vectors = []
+        for output, ticket in outputs:
+            assert ticket.pooled is not None
+            sum_D, last_D = ticket.pooled
+            vectors.append(sum_D / len(output.prompt_tokens) if pooling == "mean" else last_D)
+        return np.stack(vectors).astype(np.float32) if vectors else np.zeros((0, 0), np.float32)
 
     # Looking.
+
+    @property
+    def stats(self) -> Statistics:
+        """What the model is doing, and has done so far."""
+        engine, scheduler = self._engine, self._engine.scheduler
+        tree, pools = scheduler.tree, scheduler.tree.pools.values()
+        return Statistics(
+            engine.waiting, engine.waiting_tokens, len(scheduler.running), scheduler.steps, scheduler.preempted,
+            scheduler.read, scheduler.reused, sum(p.size for p in pools), sum(p.free for p in pools),
+            sum(tree.pages.values()))
 
     @property
     def ledger(self) -> Ledger:
@@ -165,77 +214,140 @@ class LanguageModel:
             raise InvalidRequest(f"prompt has the token id {wrong[0]}; this model's are 0 to {self.graph.vocab - 1}")
         return ids
 
-    def _sequence(self, prompt: list[int], sampling: Sampling | None, options: dict[str, Any]) -> Sequence:
-        sampling = (sampling or Sampling()).but(**options)
-        if not prompt:
+    def _ask(self, prompt: Ask, sampling: Sampling | None, options: dict[str, Any], task: str = ""
+             ) -> tuple[Request, list[Sequence]]:
+        """What is asked for, with nothing in it that could not be served."""
+        request = (prompt if isinstance(prompt, Request) else Request(prompt)).but(sampling, **options)
+        sampling, tokens = request.sampling, self._encode(request.prompt)
+        if not tokens:
             raise InvalidRequest("prompt is empty: there is no token to continue from; give at least one")
-        room = self.max_context - len(prompt)
-        if room < 1:
+        task = task or ("draw" if sampling.prompt_logprobs is None else "score")
+        if sampling.max_tokens == 0 and task == "draw" and not sampling.echo:
+            raise InvalidRequest("max_tokens is 0; it must be at least 1, unless prompt_logprobs or echo is asked for")
+        room = self.max_context - len(tokens)
+        if room < min(sampling.max_tokens, 1):
             raise InvalidRequest(
-                f"prompt has {len(prompt)} tokens; at most {self.max_context - 1} fit, with one new token, into "
+                f"prompt has {len(tokens)} tokens; at most {self.max_context - 1} fit, with one new token, into "
                 f"max_context={self.max_context}"
             )
+        changes: dict[str, Any] = {"max_tokens": min(sampling.max_tokens, room)}
+        changes["min_tokens"] = min(sampling.min_tokens, changes["max_tokens"])
         if sampling.seed is None and sampling.temperature > 0:
-            sampling = sampling.but(seed=int.from_bytes(os.urandom(4), "little"))
-        sampling = sampling.but(max_tokens=min(sampling.max_tokens, room))
-        return Sequence(next(self._ids), prompt, len(prompt), sampling, self._eos | set(sampling.stop_tokens))
+            changes["seed"] = int.from_bytes(os.urandom(4), "little")
+        sampling = sampling.but(**changes)
+        wrong = check(sampling, self.graph.vocab)
+        if wrong:
+            raise InvalidRequest(wrong)
+        if not self._engine.scheduler.fits(len(tokens) + sampling.max_tokens):
+            raise InvalidRequest(f"{len(tokens)} prompt tokens and {sampling.max_tokens} new ones need more pages than "
+                                 "there are; ask for fewer, or load the model with more memory")
+        return Request(request.prompt, sampling, request.priority, request.queue_timeout, request.timeout,
+                       request.reuse), self._sequences(request, sampling, tokens, task)
 
-    def _submit(self, *tickets: tuple[Sequence, Deliver]) -> None:
-        for sequence, deliver in tickets:
-            self._delivery.expect(sequence, deliver)
-        self._engine.submit(*(sequence for sequence, _ in tickets))
+    def _sequences(self, request: Request, sampling: Sampling, tokens: list[int], task: Any) -> list[Sequence]:
+        """One sequence per sample: the first reads the prompt, and the others wait to share it."""
+        grammar = None
+        if sampling.constrained:
+            how = {name: getattr(sampling, name) for name in CONSTRAINTS}
+            grammar = compile_grammar(self.tokenizer, **how, eos=self._eos, vocab=self.graph.vocab)
+        stops = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else self._eos)
+        first = next(self._ids)
+        namespace = "model" if request.reuse else first if sampling.n > 1 else None
+        order = request.priority * AGEING + time.monotonic()
+        sequences: list[Sequence] = []
+        for i in range(sampling.n):
+            how = sampling if i == 0 or sampling.seed is None else sampling.but(seed=(sampling.seed + i) % 2**32)
+            id = next(self._ids) if i else first
+            sequences.append(Sequence(
+                id, list(tokens), len(tokens), how, stops, (order, id), namespace, "draw" if i else task,
+                sequences[0] if i else None))
+            sequences[-1].matcher = grammar.matcher() if grammar else None
+        return sequences
 
-    def _stream(self, sequence: Sequence) -> Iterator[Piece]:
-        answer: queue.SimpleQueue = queue.SimpleQueue()
-        self._submit((sequence, answer.put))
+    def _submit(self, asked: tuple[Request, list[Sequence]], on_piece: Callable[[Piece], object] | None = None,
+                wait: bool = False) -> tuple[Answer, Ticket]:
+        request, sequences = asked
+        self._check_open()
+        compiling = self._prepare(sequences[0])
+        try:
+            self._engine.admit(sequences, wait)
+        except Rejected:
+            events.emit(events.RequestEnded(sequences[0].id, "rejected", sequences[0].prompt, 0))
+            raise
+        delivery, engine = self._delivery, self._engine
+        answer = Answer(lambda: delivery.abandon(ticket), on_piece)
+        ticket = delivery.expect(request, sequences, answer)
+        _when_done(compiling, partial(_enter, engine, delivery, sequences))
+        return answer, ticket
 
-        def pieces():
-            try:
-                yield from _pieces(answer)
-            finally:
-                self._abandon(sequence)
+    def _prepare(self, sequence: Sequence) -> list[Future]:
+        """Start compiling what only some requests need: it is there before they are admitted."""
+        sampling, executables = sequence.sampling, self._engine.executables
+        futures = []
+        if sampling.logits is not None:
+            futures += executables.prepare_logits(sampling.logits)
+        if sampling.edits:
+            futures += executables.prepare_kinds("history", "edited")
+        if sampling.logprobs is not None:
+            futures += executables.prepare_kinds("logprobs")
+        if sequence.task != "draw":
+            futures += executables.prepare_prompt(sequence.task, sequence.prompt)
+        return futures
 
-        return _Closing(pieces(), lambda: self._abandon(sequence))
-
-    def _abandon(self, *sequences: Sequence) -> None:
-        for sequence in sequences:
-            self._delivery.abandon(sequence.id)
-
-    @staticmethod
-    def _last(pieces: Iterator[Piece]) -> Output:
-        output = None
-        with closing(pieces):  # type: ignore[type-var]
-            for piece in pieces:
-                output = piece.output
-        assert output is not None
-        return output
-
-
-class _Closing(Iterator[Piece]):
-    """A generator that was never started runs no `finally` when it is dropped; this one cancels all the same."""
-
-    def __init__(self, pieces: Any, abandon: Any):
-        self._pieces, self._finalizer = pieces, weakref.finalize(self, abandon)
-
-    def __next__(self) -> Piece:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        self._pieces.close()
-        self._finalizer()
+    def _all(self, asked: list[tuple[Request, list[Sequence]]]) -> list[tuple[Output, Ticket]]:
+        """Everything that is asked, in order; if one fails, the others are cancelled."""
+        answers: list[tuple[Answer, Ticket]] = []
+        try:
+            answers.extend(self._submit(one, wait=True) for one in asked)
+            return [(answer.result(), ticket) for answer, ticket in answers]
+        finally:
+            for answer, _ in answers:
+                answer.cancel()
 
 
-def _pieces(answer: queue.SimpleQueue) -> Iterator[Piece]:
-    while True:
-        item = answer.get()
-        if isinstance(item, BaseException):
-            raise item
-        yield item
-        if item.output is not None:
-            return
+def _many(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str | Request):
+        return [prompts]
+    many = list(prompts)
+    return [many] if many and hasattr(many[0], "__index__") else many  # one prompt of token ids
+
+
+def _wait(answers: list[Answer]) -> list[Output]:
+    try:
+        return [answer.result() for answer in answers]
+    finally:
+        for answer in answers:
+            answer.cancel()
+
+
+def _when_done(futures: list[Future], act: Callable[[BaseException | None], None]) -> None:
+    """Call `act` once, when all futures are done, with the first error there was."""
+    left, lock = [len(futures)], threading.Lock()
+    if not futures:
+        act(None)
+
+    def one(_: Future) -> None:
+        with lock:
+            left[0] -= 1
+            last = left[0] == 0
+        if last:
+            act(next((e for f in futures if (e := CancelledError() if f.cancelled() else f.exception())), None))
+
+    for future in futures:
+        future.add_done_callback(one)
+
+
+def _enter(engine: Engine, delivery: Delivery, sequences: list[Sequence], error: BaseException | None) -> None:
+    try:
+        if error is None:
+            engine.submit(*sequences)
+    except JaxinferError as closed:
+        error = closed
+    if error is not None:
+        delivery.failed(sequences[0], error)
 
 
 def _shut(engine: Engine, delivery: Delivery) -> None:
     engine.close()
-    delivery.close()
     engine.executables.close()
+    delivery.close()

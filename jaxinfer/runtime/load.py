@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfer import compiler
-from jaxinfer.compiler import Executables, default_ladder
+from jaxinfer import compiler, kernels
+from jaxinfer.compiler import Executables, Key, default_ladder, invariant_ladder
+from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.errors import InvalidOption, UnsupportedModel
 from jaxinfer.frontend.architectures import DECODERS, architecture
 from jaxinfer.frontend.catalog import resolve
@@ -30,12 +31,15 @@ from jaxinfer.scheduler import Scheduler
 
 DTYPES = ("float32", "bfloat16")
 MAX_CONTEXT, MAX_ROWS = 4096, 32
+MAX_WAITING, MAX_WAITING_TOKENS = 1024, 2**20
+INVARIANT = {"attend": "by_page"}  # implementations whose arithmetic for a token depends on nothing but the token
 SHARE = 0.5  # of the free memory may go to a model whose user names no budget,
 CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing more would be felt at start-up
 
 
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
+         max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
          memory: int | str | None = None, device: str | jax.Device | None = None) -> LanguageModel:
     """Load a language model and start its engine.
 
@@ -45,9 +49,13 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     know the architecture.
     `dtype`: "float32" or "bfloat16" for weights and KV pages; by default float32 if the checkpoint is, else bfloat16.
     `max_context`: the longest prompt and answer, in tokens; by default the model's own limit, at most 4,096.
-    `max_rows`: sequences that run at once. `memory`: bytes for weights, pages and temporaries, as a number or a text
-    such as "8GiB"; by default at most half of what is free, and at most 512 MiB of KV pages on the CPU. Pages are made
-    for `max_rows` full contexts if they fit, and fewer otherwise: then a request may have to wait for pages.
+    `max_rows`: sequences that run at once. `max_waiting`, `max_waiting_tokens`: requests, and tokens of their prompts,
+    that may wait; what comes on top is `Rejected`.
+    `batch_invariant`: a request's logits and tokens are the same to the bit whatever shares its steps (slower: every
+    step has one padded shape).
+    `memory`: bytes for weights, pages and temporaries, as a number or a text such as "8GiB"; by default at most half
+    of what is free, and at most 512 MiB of KV pages on the CPU. Pages are made for `max_rows` full contexts if they
+    fit, and fewer otherwise: then a request may have to wait for pages.
     `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a `jax.Device`; by default JAX's
     first.
 
@@ -57,6 +65,9 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     start = time.perf_counter()
     if type(max_rows) is not int or not 1 <= max_rows <= 4096:
         raise InvalidOption(f"max_rows is {max_rows!r}; it must be an integer from 1 to 4096")
+    for name, value in (("max_waiting", max_waiting), ("max_waiting_tokens", max_waiting_tokens)):
+        if type(value) is not int or value < 1:
+            raise InvalidOption(f"{name} is {value!r}; it must be an integer >= 1")
     if dtype is not None and str(dtype) not in DTYPES:
         raise InvalidOption(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     if max_context is not None and (type(max_context) is not int or max_context < 2):
@@ -70,8 +81,11 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(MAX_CONTEXT, model.max_context)
     number = _dtype(checkpoint, dtype)
-    ladder = default_ladder(max_rows, context)
-    chunk = ladder.prompt[-1]
+    forced = INVARIANT if batch_invariant else {}
+    with kernels.tracing(place.platform, forced):
+        chunks = kernels.chunks(place.platform)
+    ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
+    chunk = ladder.chunk
     why = f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {place}"
     groups = planning.page_groups(
         model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
@@ -80,20 +94,27 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     )
     executables = Executables(
         model, ladder, params=planning.abstract_params(model, number), max_rows=max_rows, device=place,
-        state=planning.abstract_state(model, groups, number),
+        state=planning.abstract_state(model, groups, number), max_context=context, forced=forced,
         table_width={group.name: -(-context // group.page_size) for group in groups},
     )
     try:
-        executables.prepare(ladder.buckets[0])  # the first prompt's step compiles while the weights are read,
+        first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
+        executables.prepare(Key("forward", first), Key("greedy", first.rows))  # while the weights are read
         tokenizer = _tokenizer(checkpoint)
         params = load_params(model, checkpoint.tensors, dtype=number, source=checkpoint.source,
                              put=partial(jax.device_put, device=place))
-        executables.prepare(ladder.fit(1, 1))  # the next tokens' while the first prompt runs
+        executables.prepare(Key("forward", then), Key("greedy", then.rows))  # while the first prompt runs
         eos = _eos(checkpoint, tokenizer)
         make_state = partial(planning.empty_state, model, groups, number, place)
         delivery = Delivery(tokenizer)
-        scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk)
-        engine = Engine(executables, scheduler, params, make_state, delivery.tell, place)
+        scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks,
+                              budget=ladder.buckets[0].tokens if batch_invariant else None)
+        try:
+            engine = Engine(executables, scheduler, params, make_state, delivery.tell, delivery.failed, place,
+                            max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
+        except BaseException:
+            delivery.close()
+            raise
     except BaseException:
         executables.close()
         raise

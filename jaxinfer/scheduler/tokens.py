@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
@@ -55,6 +56,19 @@ class Plan:
     pages: list[tuple[str, int, int, int]] = field(default_factory=list)
     copies: list[tuple[str, int, int]] = field(default_factory=list)
     began: list[Began] = field(default_factory=list)
+
+    def only(self, rows: list[int]) -> Plan:
+        """The same step with some of its rows; whoever was let in without being in a row stays."""
+        ends = list(accumulate(self.lens))
+        pick = lambda column: [column[r] for r in rows]
+        ids = pick(self.ids)
+        out = set(self.ids) - set(ids)
+        return replace(
+            self, singles=sum(r < self.singles for r in rows), ids=ids, slots=pick(self.slots),
+            starts=pick(self.starts), lens=pick(self.lens), draws=pick(self.draws), counts=pick(self.counts),
+            tokens=[token for r in rows for token in self.tokens[ends[r] - self.lens[r]: ends[r]]],
+            began=[began for began in self.began if began.sequence not in out],
+        )
 
 
 class Drawn(NamedTuple):
@@ -196,20 +210,17 @@ class Scheduler:
     def _copy(self, plan: Plan, sequence: Sequence, match) -> int:
         """A match that ends inside a page is copied into one of the sequence's own: its owner may still write behind
         it. Returns how much of the match can be used."""
-        own = {}
-        for name, _ in match.copies:
-            page = self.tree.take(name)
-            if page is None:
-                break
-            own[name] = page
-        enough = len(own) == len(match.copies)
+        own = {group.name: self.tree.take(group.name) for group in self.groups} if match.copies else {}
+        enough = None not in own.values()
+        for name, page in own.items():
+            if enough:
+                plan.pages.append((name, sequence.slot, len(sequence.pages[name]), page))  # type: ignore[arg-type]
+                sequence.pages[name].append(page)
+            else:
+                self.tree.release(name, (page,))
         for name, source in match.copies:
             if enough:
-                plan.copies.append((name, source, own[name]))
-                plan.pages.append((name, sequence.slot, len(sequence.pages[name]), own[name]))  # type: ignore[arg-type]
-                sequence.pages[name].append(own[name])
-            elif name in own:
-                self.tree.release(name, (own[name],))
+                plan.copies.append((name, source, own[name]))  # type: ignore[arg-type]
             self.tree.release(name, (source,))
         return match.length if enough else sequence.indexed
 
@@ -260,7 +271,7 @@ class Scheduler:
 
     def _index(self, sequence: Sequence, tail: bool) -> None:
         """Tell the prefix tree what the sequence's pages hold: the full ones, and with `tail` the last one as well."""
-        if sequence.namespace is None or sequence.task != "draw":
+        if sequence.namespace is None:
             sequence.known = min(sequence.read, len(sequence.tokens))
             return
         tree, size = self.tree, self.tree.page_size

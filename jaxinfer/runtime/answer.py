@@ -1,0 +1,102 @@
+"""One handle for every way to wait: a future that can also be iterated, awaited, and called back from."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import weakref
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from typing import Any
+
+from jaxinfer.request import Output, Piece
+
+
+class Answer(Future[Output]):
+    """What becomes of a request. Safe to use from any thread.
+
+    `result(timeout)` waits for the Output and `exception(timeout)` for what went wrong; `await answer` does in asyncio
+    what `result` does; `for piece in answer` and `async for piece in answer` take its pieces, once; `on_piece` is
+    called with each of them, in order, on the delivery thread, and must not block. `cancel()` ends the request at any
+    moment, and so do cancelling a task that awaits it and leaving an `async for`.
+    """
+
+    def __init__(self, abandon: Callable[[], None], on_piece: Callable[[Piece], object] | None = None):
+        super().__init__()
+        self._abandon, self._on_piece = abandon, on_piece
+        self._pieces: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
+        self._wake: Callable[[], object] = lambda: None
+
+    def cancel(self) -> bool:
+        """End the request. False if it had ended already."""
+        if not super().cancel():
+            return False
+        self._abandon()
+        self._put(CancelledError())
+        return True
+
+    def deliver(self, piece: Piece) -> None:
+        """The delivery thread's: one more piece. Raises what a callback raises."""
+        if self._on_piece is not None:
+            self._on_piece(piece)
+        self._put(piece)
+        if piece.output is not None:
+            self._end(self.set_result, piece.output)
+
+    def fail(self, error: BaseException) -> None:
+        """The delivery thread's: there will be no more pieces."""
+        self._end(self.set_exception, error)
+        self._put(error)
+
+    def _end(self, end: Callable[[Any], None], value: Any) -> None:
+        try:
+            end(value)
+        except InvalidStateError:
+            pass  # cancelled meanwhile
+
+    def _put(self, item: Piece | BaseException) -> None:
+        self._pieces.put(item)
+        self._wake()
+
+    def __iter__(self) -> Iterator[Piece]:
+        while True:
+            item = self._pieces.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            if item.output is not None:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        loop, more = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(more.set)
+        try:
+            while True:
+                more.clear()
+                while not self._pieces.empty():
+                    item = self._pieces.get()
+                    if isinstance(item, BaseException):
+                        raise item
+                    yield item
+                    if item.output is not None:
+                        return
+                await more.wait()
+        finally:
+            self._wake = lambda: None
+            self.cancel()
+
+    def __await__(self) -> Generator[Any, None, Output]:
+        return asyncio.wrap_future(self).__await__()
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of an answer. Closing it, or dropping it, cancels the request."""
+
+    def __init__(self, answer: Answer):
+        self._pieces, self._finalizer = iter(answer), weakref.finalize(self, answer.cancel)
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self._finalizer()
