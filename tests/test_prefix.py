@@ -253,7 +253,7 @@ class TestAnyUse(AnyUse.TestCase):
 
 @pytest.mark.long
 class TestMoreUses(AnyUse.TestCase):
-    settings = settings(stateful_step_count=100)
+    settings = settings(stateful_step_count=50)
 
 
 # Short histories.
@@ -393,6 +393,14 @@ def test_where_a_window_is_gone_a_neighbour_may_still_show_most_of_it():
     squeeze(tree, 2, "near")
     assert tree.pages == {"kv": 3, "near": 1}
     assert known(tree, "abcdefgh") == 7 and known(tree, "abcd") == 0
+
+
+def test_a_copy_needs_the_window_before_it_too():
+    tree = PrefixTree([PageGroup("kv", 4, 9), PageGroup("near", 4, 2, window=6)])
+    drop(tree, grow(tree, "abcdefgh")[1])
+    assert known(tree, "abcdefg?") == 7
+    squeeze(tree, 1, "near")
+    assert known(tree, "abcdefg?") == 0 and tree.pages == {"kv": 2, "near": 1}
 
 
 def test_whoever_read_the_same_at_the_same_time_keeps_its_pages_and_the_tree_forgets_them():
