@@ -5,30 +5,46 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.compiler import Bucket, default_ladder, powers
+from jaxinfer.compiler import Bucket, default_ladder, invariant_ladder
+from jaxinfer.compiler.buckets import STEPS, decode, mixed, powers, prompt
+
+MAX_ROWS, MAX_CONTEXT = st.integers(1, 4096), st.integers(2, 2**17)
 
 
-@given(max_rows=st.integers(1, 4096), max_context=st.integers(2, 2**17), data=st.data())
-def test_every_step_fits_a_bucket_of_at_most_sixteen(max_rows, max_context, data):
-    ladder = default_ladder(max_rows, max_context)
+@given(max_rows=MAX_ROWS, max_context=MAX_CONTEXT, chunks=st.sampled_from((0, 1)), data=st.data())
+def test_every_step_fits_a_bucket_of_at_most_sixteen(max_rows, max_context, chunks, data):
+    ladder = default_ladder(max_rows, max_context, chunks)
     assert len(ladder.buckets) == len(set(ladder.buckets)) <= 16
-    rows = data.draw(st.integers(1, max_rows))
-    decode = ladder.fit(rows, rows)
-    assert decode.longest == 1 and decode.rows == decode.tokens >= rows and decode in ladder.buckets
-    if ladder.prompt[-1] > 1:
-        tokens = data.draw(st.integers(2, ladder.prompt[-1]))
-        prompt = ladder.fit(tokens, 1)
-        assert prompt.rows == 1 and prompt.longest == prompt.tokens >= tokens and prompt in ladder.buckets
+    rows, tokens = data.draw(st.integers(1, max_rows)), data.draw(st.integers(1, ladder.chunk))
+    steps = [decode(rows), prompt(tokens), *([mixed(rows, tokens)] if chunks else [])]
+    for step in steps:
+        holding = ladder.holding(step)
+        assert holding and holding[0] == min(holding, key=lambda b: (b.tokens, b.rows))
+        assert all(b in ladder.buckets and b.holds(step) for b in holding)
+    assert ladder.holding(decode(rows))[0].tokens < 2 * rows or chunks
+    assert any(b.holds(prompt(tokens)) for b in ladder.prompts)
 
 
-def test_a_decode_step_is_padded_only_to_decode_steps():
-    assert Bucket(1, 8, 8).holds(Bucket(1, 3, 3))
-    assert not Bucket(512, 1, 512).holds(Bucket(1, 1, 1))
-    assert not Bucket(1, 8, 8).holds(Bucket(32, 1, 32))
-    assert not Bucket(32, 1, 32).holds(Bucket(64, 1, 64))
+@given(max_rows=MAX_ROWS, max_context=MAX_CONTEXT, data=st.data())
+def test_one_bucket_holds_everything_where_nothing_may_depend_on_it(max_rows, max_context, data):
+    (bucket,) = invariant_ladder(max_rows, max_context).buckets
+    singles = data.draw(st.integers(0, max_rows))
+    chunks = data.draw(st.integers(0 if singles else 1, max(max_rows - singles, 0 if singles else 1)))
+    tokens = data.draw(st.integers(singles + chunks, bucket.tokens))
+    assert bucket.holds(Bucket(max(1, tokens - singles), singles + chunks, tokens, singles))
 
 
-BUCKETS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8)).map(lambda sizes: Bucket(*sizes))
+def test_what_a_bucket_holds():
+    assert decode(8).holds(decode(3)) and not decode(8).holds(decode(9))
+    assert not decode(8).holds(prompt(1)), "a prompt's chunk is no decode row"
+    assert prompt(32).holds(prompt(7)) and not prompt(32).holds(prompt(64))
+    assert prompt(32).holds(decode(1)) and not prompt(32).holds(decode(2))
+    assert mixed(4, 32).holds(mixed(2, 20)) and not mixed(4, 32).holds(mixed(5, 20))
+    assert not decode(8, STEPS).holds(decode(8)) and not decode(8).holds(decode(8, STEPS))
+
+
+BUCKETS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.integers(0, 4)).map(
+    lambda sizes: Bucket(*sizes[:3], min(sizes[1], sizes[3])))
 
 
 @given(one=BUCKETS, other=BUCKETS, third=BUCKETS)
@@ -45,11 +61,3 @@ def test_no_rung_is_further_than_a_factor_from_the_one_before(most, least, facto
     rungs = powers(most, least=min(least, most), factor=factor)
     assert rungs[0] == min(least, most) and rungs[-1] == most
     assert all(a < b <= factor * a for a, b in pairwise(rungs))
-
-
-@given(max_rows=st.integers(1, 4096), max_context=st.integers(2, 2**17), data=st.data())
-def test_a_step_runs_in_the_smallest_bucket_that_holds_it(max_rows, max_context, data):
-    ladder = default_ladder(max_rows, max_context)
-    rows, tokens = data.draw(st.integers(1, max_rows)), data.draw(st.integers(2, ladder.prompt[-1]))
-    for step in (Bucket(1, rows, rows), Bucket(tokens, 1, tokens)):
-        assert ladder.fit(step.tokens, step.rows) == min(b for b in ladder.buckets if b.holds(step))

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 import jaxinfer as ji
 from jaxinfer import events
-from jaxinfer.compiler import Bucket
+from jaxinfer.compiler import Key
+from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.errors import Closed, InvalidOption, InvalidRequest, OutOfMemory, StepFailed, UnsupportedModel
 from jaxinfer.graph import Run, forward
 from jaxinfer.graphs import decoder
@@ -52,7 +53,7 @@ def pages_are_conserved(request):
 
 def all_free(lm):
     scheduler = lm._engine.scheduler
-    return not scheduler.sequences and all(pool.free == pool.size for pool in scheduler.pools.values())
+    return not scheduler.sequences and all(scheduler.tree.obtainable(name) == pool.size for name, pool in scheduler.tree.pools.items())
 
 
 def eventually(condition, seconds=10):
@@ -199,6 +200,15 @@ def test_an_answer_ends_where_the_context_does(lm):
     (3.5, {}, "prompt is a float"),
     ("x", {"temperature": -1}, "temperature is -1"),
     ("x", {"max_tokens": 0}, "max_tokens is 0"),
+    ("x", {"allowed_tokens": [320]}, "allowed_tokens has the token id 320"),
+    ("x", {"logit_bias": {400: 1.0}}, "logit_bias has the token id 400"),
+    ("x", {"regex": "(" }, "regex"),
+    ("x", {"json_schema": {"type": "nonsense"}}, "json_schema"),
+    ("x", {"choice": []}, "choice is empty"),
+    ("x", {"logits": lambda logits_V, context: logits_V[:3]}, "logits"),
+    ("x", {"logits": lambda logits_V, context: logits_V.nothing}, "logits"),
+    ("x", {"priority": "high"}, "priority is 'high'"),
+    ("x", {"timeout": 0}, "timeout is 0"),
     ("x", {"tempreature": 1}, "unknown sampling options"),
 ])
 def test_bad_requests_are_refused_before_they_are_queued(lm, prompt, options, message):
@@ -274,16 +284,16 @@ def test_after_warmup_nothing_compiles(lm):
         lm.generate(PROMPTS * 2, [ji.Sampling(temperature=i % 2 * 0.7, max_tokens=5 + i) for i in range(12)])
         lm([5] * 700, max_tokens=3)
     assert not [e for e in seen if isinstance(e, events.Compiling | events.Missed)]
-    assert sum(e.name.startswith("forward") for e in lm.ledger) <= 16
+    assert sum(e.name.startswith(("forward", "greedy_steps")) for e in lm.ledger) <= 16
     assert len([e for e in seen if isinstance(e, events.RequestEnded)]) == 13
 
 
 def test_a_missing_bucket_borrows_a_larger_one_and_says_why(tiny_path):
     with ji.load(tiny_path, max_context=256, max_rows=4) as lm:
         executables, seen = lm._engine.executables, []
-        executables.warmup([Bucket(32, 1, 32), Bucket(1, 4, 4)])
+        executables.warmup([prompt(32), decode(4)])
         compiling = threading.Event()
-        slow, executables._compile = executables._compile, lambda *a: (compiling.wait(20), slow(*a))[1]
+        slow, executables._compile = executables._compile, lambda key: (compiling.wait(20), slow(key))[1]
         with events.observe(seen.append):
             outputs = lm.generate(["x", "y"], max_tokens=6)
             missed = [e for e in seen if isinstance(e, events.Missed)]
@@ -297,14 +307,16 @@ def test_a_missing_bucket_borrows_a_larger_one_and_says_why(tiny_path):
 def test_a_failed_step_is_repeated_once_with_the_same_tokens(lm):
     expected = [o.tokens for o in lm.generate(PROMPTS, max_tokens=20)]
     executables, calls = lm._engine.executables, []
-    real = executables.forward
+    real = executables.get
 
     def fails_at(*counts):
         calls.clear()
 
-        def forward(bucket, tokens):
-            found = real(bucket, tokens)
-            calls.append(bucket)
+        def get(key, *counted):
+            found = real(key, *counted)
+            if key.kind != "forward":
+                return found
+            calls.append(key)
             if len(calls) not in counts:
                 return found
 
@@ -314,7 +326,7 @@ def test_a_failed_step_is_repeated_once_with_the_same_tokens(lm):
 
             return broken
 
-        executables.forward = forward
+        executables.get = get
 
     try:
         fails_at(9)
@@ -323,7 +335,7 @@ def test_a_failed_step_is_repeated_once_with_the_same_tokens(lm):
         with pytest.raises(StepFailed, match="the device is on fire"):
             lm(PROMPTS[0], max_tokens=20)
     finally:
-        executables.forward = real
+        executables.get = real
     assert lm(PROMPTS[0], max_tokens=20).tokens == expected[0]
 
 
@@ -333,8 +345,8 @@ def test_a_failing_detokeniser_fails_its_own_request_only(lm):
             raise UnicodeError("what is this?")
 
     stream, expected = lm.stream("x", max_tokens=900), lm("Once", max_tokens=10).tokens
-    ticket = next(iter(lm._delivery._tickets.values()))
-    ticket.text = Broken()
+    ((_, sample),) = lm._delivery._tickets.values()
+    sample.text = Broken()
     with pytest.raises(UnicodeError, match="what is this"):
         list(stream)
     assert lm("Once", max_tokens=10).tokens == expected
@@ -436,14 +448,14 @@ def test_an_observer_that_raises_harms_nobody(lm, capfd):
 
 def test_a_compile_that_failed_is_tried_again(tiny_path):
     with ji.load(tiny_path, max_context=256, max_rows=2) as lm:
-        executables, real = lm._engine.executables, lm._engine.executables.lower_forward
-        executables.warmup([Bucket(32, 1, 32)])
-        executables._ready.pop("forward[T=1,R=1]", None)
-        executables._pending.pop("forward[T=1,R=1]", None)
-        executables.lower_forward = lambda bucket: 1 / 0
+        executables, real = lm._engine.executables, lm._engine.executables.lower
+        executables.warmup([prompt(32)])
+        for key in [key for key in executables._pending if key.shape == prompt(32)]:
+            del executables._pending[key], executables._ready[key]
+        executables.lower = lambda key: 1 / 0
         with pytest.raises(StepFailed, match="division by zero"):
             lm("x", max_tokens=5)
-        executables.lower_forward = real
+        executables.lower = real
         assert len(lm("x", max_tokens=5).tokens) == 5
 
 
@@ -458,7 +470,7 @@ def test_a_model_that_is_dropped_is_closed(tiny_path):
 
 def test_a_request_that_needs_the_other_sampler_borrows_it_too(tiny_path):
     with ji.load(tiny_path, max_context=256, max_rows=4) as lm:
-        lm._engine.executables.warmup([Bucket(32, 1, 32), Bucket(1, 4, 4)])
+        lm._engine.executables.warmup([prompt(32), decode(4)])
         lm.generate(["x", "y"], max_tokens=4, temperature=0.5, seed=1)
         assert lm.ledger["sample[R=4]"].hits > 0
 

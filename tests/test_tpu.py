@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxinfer.compiler import Bucket, Executables, default_ladder
+from jaxinfer.compiler import Executables, Key, default_ladder
+from jaxinfer.compiler.buckets import decode, mixed, prompt
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.runtime import memory as planning
 from tests import tiny
@@ -34,15 +35,19 @@ def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
     size = dict(dtype=dtype, max_context=1024, max_rows=8, chunk=512, budget=16 << 30, why="HBM")
     groups = planning.page_groups(graph, **size)
     executables = Executables(
-        graph, default_ladder(8, 1024), params=planning.abstract_params(graph, dtype), max_rows=8, device=v5e,
+        graph, default_ladder(8, 1024, chunks=1), params=planning.abstract_params(graph, dtype), max_rows=8, max_context=1024, device=v5e,
         state=planning.abstract_state(graph, groups, dtype), table_width={g.name: 16 for g in groups},
     )
-    decode, prompt, sample = (lowered.compile() for lowered in (
-        executables.lower_forward(Bucket(1, 8, 8)), executables.lower_forward(Bucket(128, 1, 128)),
-        executables.lower_sample(8, greedy=False)))
-    for compiled in (decode, prompt, sample):
-        assert compiled.memory_analysis().temp_size_in_bytes < 2**30
-        assert compiled.cost_analysis()["flops"] > 0
-    assert decode.memory_analysis().argument_size_in_bytes > planning.nbytes(graph.spec, dtype)
-    assert decode.memory_analysis().alias_size_in_bytes > 0, "the pages are not donated"
+    decoding = Key("forward", decode(8))
+    keys = (decoding, Key("forward", prompt(128)), Key("forward", mixed(8, 128)), Key("sample", 8))
+    if config is tiny.PLAIN:  # what every step may be followed by, and what prompts may be read for
+        keys += (Key("greedy", 8), Key("edited", 8), Key("logprobs", 8), Key("copy"), Key("history"),
+                 Key("steps", decode(8, 8)), Key("score", prompt(128)), Key("embed", prompt(128)))
+    compiled = {key: executables.lower(key).compile() for key in keys}
+    for key, program in compiled.items():
+        assert program.memory_analysis().temp_size_in_bytes < 2**30, key
+    memory = compiled[decoding].memory_analysis()
+    assert compiled[decoding].cost_analysis()["flops"] > 0
+    assert memory.argument_size_in_bytes > planning.nbytes(graph.spec, dtype)
+    assert memory.alias_size_in_bytes > 0, "the pages are not donated"
     executables.close()
