@@ -1,5 +1,8 @@
 """What a Run says of its tokens, a Leaf of its names, and a step of its rows, beside plain Python."""
 
+from dataclasses import dataclass
+from functools import cached_property, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Run, StateGroup, forward
+from jaxinfer.kernels import init_pages, tracing
+from tests import tiny
 from tests.strategies import DECODE, GROUP, MIXED, MIXED_SINGLES, SEEDS, ragged_runs
 
 NAMES = st.text("abc.", min_size=1)
@@ -78,3 +84,89 @@ def test_a_leaf_needs_a_name_and_an_axis_for_each_dimension():
     for wrong in (lambda: Leaf((3, 4), ("ffn",), "a"), lambda: Leaf((3,), ("ffn",))):
         with pytest.raises(AssertionError):
             wrong()
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A random model that reads one sequence, as rows of a run whose shape never changes: T tokens, R rows. Pages
+    hold S slots; a row has P of them, and there are `pages` in all, NaN where nobody has written."""
+
+    graph: Graph
+    dtype: str
+    T: int
+    R: int
+    S: int = 4
+    P: int = 6
+    pages: int = 20
+
+    @cached_property
+    def params(self):
+        rng = np.random.default_rng(0)
+        draw = lambda leaf: rng.normal(size=leaf.shape) * (1.4 / leaf.shape[1] ** 0.5 if len(leaf.shape) > 1 else 1)
+        array = lambda leaf: jnp.asarray(draw(leaf), "float32" if leaf.exact else self.dtype)
+        return jax.tree.map(array, self.graph.spec, is_leaf=lambda x: isinstance(x, Leaf))
+
+    @cached_property
+    def step(self):
+        with tracing("cpu", {"attend": "by_page"}):
+            run = Run(*(jnp.zeros(n, jnp.int32) for n in (self.T, self.R + 1, self.R, self.R)),
+                      {g.name: jnp.zeros((self.R, self.P), jnp.int32) for g in self.graph.groups}, self.T)
+            step = jax.jit(partial(forward, self.graph), donate_argnums=1)
+            return step.lower(self.params, self.empty(), jnp.zeros(self.R, jnp.int32), run).compile()
+
+    def empty(self):
+        """The state, all NaN."""
+        pages = lambda g: init_pages(self.pages, self.S, g.kv_heads, g.head_width, self.dtype)
+        state = {g.name: [pages(g) for _ in range(g.layers)] for g in self.graph.groups}
+        return jax.tree.map(lambda page: jnp.full_like(page, jnp.nan), state)
+
+    def read(self, tokens, cuts, rng=None) -> dict[int, bytes]:
+        """The logits at the end of each chunk, by position; chunks end at `cuts`. With `rng`, the sequence's pages lie
+        anywhere, and each step has other rows, of any length and age, before and after: junk, on pages of junk."""
+        order = np.arange(self.pages) if rng is None else rng.permutation(self.pages)
+        own, others = order[:self.P], order[self.P:]
+        state, found = self.empty(), {}
+        for start, end in zip((0, *cuts), cuts, strict=False):
+            rows = [(tokens[start:end], end, own)]
+            while rng is not None and len(rows) < self.R and rng.random() < 0.8:
+                room = self.T - sum(len(row) for row, _, _ in rows)
+                if room == 0:
+                    break
+                count = int(rng.integers(1, min(room, self.S * self.P) + 1))
+                age = int(rng.integers(count, self.S * self.P + 1))
+                row = rng.integers(0, self.graph.vocab, count), age, rng.choice(others, self.P)
+                rows.insert(int(rng.integers(0, len(rows) + 1)), row)
+            mine = next(r for r, (_, _, table) in enumerate(rows) if table is own)
+            state, logits_RV = self.step(self.params, state, np.zeros(self.R, np.int32), self.run(rows))
+            found[end] = np.asarray(logits_RV)[mine].tobytes()
+            assert np.isfinite(np.frombuffer(found[end], np.float32)).all()
+        return found
+
+    def run(self, rows) -> Run:
+        pad = lambda values, most, filler=0: np.array([*values, *[filler] * (most - len(values))], np.int32)
+        ends = np.cumsum([len(row) for row, _, _ in rows]).tolist()
+        table_RP = np.zeros((self.R, self.P), np.int32)
+        table_RP[:len(rows)] = [table for _, _, table in rows]
+        return Run(pad(np.concatenate([row for row, _, _ in rows]), self.T), pad([0, *ends], self.R + 1, ends[-1]),
+                   pad([age for _, age, _ in rows], self.R), np.zeros(self.R, np.int32),
+                   {g.name: table_RP for g in self.graph.groups}, self.T)
+
+
+WINDOWED = {**tiny.WINDOWED, "sliding_window": 7}
+READERS = [Reader(architecture(config).graph(), dtype, T, R) for config, dtype, T, R in (
+    (tiny.PLAIN, "float32", 16, 16), (tiny.PLAIN, "bfloat16", 24, 5), (WINDOWED, "float32", 17, 3),
+    (WINDOWED, "bfloat16", 32, 32))]
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda r: f"{r.graph.groups[-1].name}-{r.dtype}-T{r.T}-R{r.R}")
+@given(data=st.data())
+def test_in_one_fixed_shape_neighbours_and_chunks_change_no_bit(reader, data):
+    """Promise 2's batch-invariant mode: what it needs is one run shape and attention by page."""
+    tokens = np.random.default_rng(data.draw(SEEDS)).integers(0, reader.graph.vocab, reader.S * reader.P)
+    alone = reader.read(tokens, range(1, len(tokens) + 1))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(tokens)), min_size=2), label="cuts"))
+    for start, end in zip((0, *cuts), cuts, strict=False):  # no chunk is longer than the run
+        cuts += range(start + reader.T, end, reader.T)
+    for rng in (None, np.random.default_rng(data.draw(SEEDS))):
+        for at, logits in reader.read(tokens, sorted(cuts), rng).items():
+            assert logits == alone[at], f"the logits after {at} tokens differ"
