@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jaxinfer.graph import Pages
 from jaxinfer.kernels import attend, layer_norm, matmul, rms_norm, rope, tracing
-from jaxinfer.kernels.attention import chunks, write
+from jaxinfer.kernels.attention import chunks, copy, write
 from tests.strategies import DECODE, GROUP, MIXED, MIXED_SINGLES, PROMPT, SEEDS, RaggedRun, RunShape, ragged_runs
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -167,6 +167,39 @@ def test_writing_touches_the_slots_of_real_tokens_and_no_other(how, data):
 @partial(jax.jit, static_argnames="how")
 def jitted_write(pages, k, v, run, how):
     return write(pages, k, v, run, GROUP, how=how)
+
+
+@pytest.mark.parametrize("how", copy.available("cpu"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@given(data=st.data())
+def test_copied_pages_hold_what_their_sources_held_before(how, dtype, data):
+    """Padding anywhere; a page may be read, then written; it is never written, then read."""
+    rng = np.random.default_rng(data.draw(SEEDS))
+    before = [np.asarray(jnp.asarray(rng.normal(size=(10, 2, 4, H)), dtype), np.float32) for _ in "kv"]
+    to = data.draw(st.lists(st.integers(0, 9), unique=True, max_size=6), label="to")
+    pairs = [(data.draw(st.sampled_from(sorted(set(range(10)) - set(to[:i])))), new) for i, new in enumerate(to)]
+    expected = [page.copy() for page in before]
+    for old, new in pairs:
+        for page, was in zip(expected, before, strict=True):
+            page[new] = was[old]
+    for _ in range(6 - len(pairs)):
+        padding = data.draw(st.integers(0, 9)), data.draw(st.integers(10, 99))
+        pairs.insert(data.draw(st.integers(0, len(pairs))), padding)
+    after = jitted_copy(how)(Pages(*(jnp.asarray(page, dtype) for page in before)), *np.array(pairs, np.int32).T)
+    for found, page in zip(after, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(found, np.float32), page)
+
+
+@cache
+def jitted_copy(how):
+    return jax.jit(partial(copy, how=how), donate_argnums=0)
+
+
+def test_copying_a_page_copies_no_pool():
+    page = jax.ShapeDtypeStruct((4096, 2, 16, 16), jnp.bfloat16)
+    pair = jax.ShapeDtypeStruct((4,), jnp.int32)
+    memory = jitted_copy("loop").lower(Pages(page, page), pair, pair).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 2 * page.size * 2 and memory.temp_size_in_bytes < page.size // 8
 
 
 def test_what_attends_says_what_a_step_may_mix():

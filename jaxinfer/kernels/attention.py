@@ -51,6 +51,29 @@ def write_loop(pages: Pages, k_TKH: jax.Array, v_TKH: jax.Array, run: Run, group
 write = Op("write", reference=write_reference, fast={"loop": (("cpu",), write_loop)})
 
 
+def copy_reference(pages: Pages, from_C: jax.Array, to_C: jax.Array) -> Pages:
+    """Page `to_C[i]` becomes what page `from_C[i]` was; a pair whose `to_C[i]` is past the end is padding. No page may
+    be written twice, nor read by a pair after the one that writes it."""
+    put = lambda page: page.at[to_C].set(page[from_C], mode="drop")
+    return Pages(put(pages.k), put(pages.v))
+
+
+def copy_loop(pages: Pages, from_C: jax.Array, to_C: jax.Array) -> Pages:
+    """Pair by pair, real ones only and in order, for the reasons of `write_loop`."""
+    padding_C = to_C >= pages.k.shape[0]
+    order_C = jnp.argsort(padding_C, stable=True)
+
+    def put(i, pages):
+        old, new = from_C[order_C[i]], to_C[order_C[i]]
+        move = lambda page: lax.dynamic_update_index_in_dim(page, lax.dynamic_index_in_dim(page, old, 0), new, 0)
+        return Pages(move(pages.k), move(pages.v))
+
+    return lax.fori_loop(0, (~padding_C).sum(), put, pages)
+
+
+copy = Op("copy", reference=copy_reference, fast={"loop": (("cpu",), copy_loop)})
+
+
 def _soft_cap(scores, cap):
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
