@@ -98,6 +98,7 @@ def build(config: Config) -> Graph:
         groups=groups,
         embed=partial(embed, config),
         blocks=tuple(blocks[layer] for layer in config.layers),
+        final=partial(final, config),
         head=partial(head, config),
         vocab=config.vocab,
         max_context=config.max_context,
@@ -179,9 +180,13 @@ def ffn(config: Config, params: Params, x_TD: jax.Array) -> jax.Array:
     return linear(params, "down", ACTIVATIONS[config.activation](gate_TF) * up_TF)
 
 
+def final(config: Config, params: Params, x_TD: jax.Array) -> jax.Array:
+    """The stream to hidden states."""
+    return norm(config, params, "norm", x_TD)
+
+
 def head(config: Config, params: Params, x_RD: jax.Array) -> jax.Array:
-    """The stream of each row's last token to float32 logits_RV."""
-    x_RD = norm(config, params, "norm", x_RD)
+    """The hidden state of each row's last token to float32 logits_RV."""
     logits_RV = matmul(x_RD, params["embed" if config.tied else "head"]) * config.logit_scale
     return logits_RV if config.logit_cap is None else jnp.tanh(logits_RV / config.logit_cap) * config.logit_cap
 

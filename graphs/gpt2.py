@@ -56,6 +56,7 @@ def build(config: Config) -> Graph:
         groups=(StateGroup(GROUP, config.layers, config.heads, D // config.heads),),
         embed=embed,
         blocks=tuple(blocks[s] for s in scales),
+        final=partial(final, config),
         head=partial(head, config),
         vocab=V,
         max_context=config.max_context,
@@ -113,9 +114,14 @@ def block(config: Config, scale: float, params: Params, pages: Pages, x_TD: jax.
     return x_TD + linear(params["down"], y_TF), pages
 
 
+def final(config: Config, params: Params, x_TD: jax.Array) -> jax.Array:
+    """The stream to hidden states."""
+    return norm(config, params["norm"], x_TD)
+
+
 def head(config: Config, params: Params, x_RD: jax.Array) -> jax.Array:
-    """The stream of each row's last token to float32 logits_RV."""
-    return matmul(norm(config, params["norm"], x_RD), params["embed" if config.tied else "head"])
+    """The hidden state of each row's last token to float32 logits_RV."""
+    return matmul(x_RD, params["embed" if config.tied else "head"])
 
 
 def norm(config: Config, params: Params, x: jax.Array) -> jax.Array:

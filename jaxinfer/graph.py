@@ -131,11 +131,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Graph:
-    """A layered model: `embed`, one `Block` per layer, `head`, and `spec`, the tree of leaves they read.
+    """A layered model: `embed`, one `Block` per layer, `final`, `head`, and `spec`, the tree of leaves they read.
 
-    `spec` is `{"blocks": [one tree per layer], ...}`; `embed(params, run) -> x_TD` and `head(params, x_RD) ->
-    logits_RV` (float32) see the whole of params, a block only its own tree. `ignore` are patterns of checkpoint
-    tensors that may be present and are not read.
+    `spec` is `{"blocks": [one tree per layer], ...}`; `embed(params, run) -> x_TD`, `final(params, x_TD) -> x_TD`
+    (what makes the stream the model's hidden states: a norm, usually) and `head(params, x_RD) -> logits_RV` (float32)
+    see the whole of params, a block only its own tree. `ignore` are patterns of checkpoint tensors that may be
+    present and are not read.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Graph:
     vocab: int
     max_context: int
     ignore: tuple[str, ...] = ()
+    final: Callable[[Params, jax.Array], jax.Array] = lambda params, x_TD: x_TD
 
 
 def forward(graph: Graph, params: Params, state: State, last_S: jax.Array, run: Run) -> tuple[State, jax.Array]:
@@ -154,6 +156,18 @@ def forward(graph: Graph, params: Params, state: State, last_S: jax.Array, run: 
 
     A token of -1 stands for the last token sampled in its row's slot (`last_S`), which the host need not know.
     """
+    state, x_TD = _stream(graph, params, state, last_S, run)
+    return state, graph.head(params, graph.final(params, x_TD[run.last_R]))
+
+
+def hidden(graph: Graph, params: Params, state: State, last_S: jax.Array, run: Run) -> tuple[State, jax.Array]:
+    """The same step, returning the state with the hidden states `x_TD` of all tokens: what `head` would read."""
+    state, x_TD = _stream(graph, params, state, last_S, run)
+    return state, graph.final(params, x_TD)
+
+
+def _stream(graph: Graph, params: Params, state: State, last_S: jax.Array, run: Run) -> tuple[State, jax.Array]:
+    """The state after the run, and the stream after the last block."""
     tokens_T = jnp.where(run.tokens_T < 0, last_S[run.slot_R[run.row_T]], run.tokens_T)
     run = replace(run, tokens_T=tokens_T)
     x_TD, pages = graph.embed(params, run), {group.name: iter(state[group.name]) for group in graph.groups}
@@ -164,4 +178,4 @@ def forward(graph: Graph, params: Params, state: State, last_S: jax.Array, run: 
     for block, layer in zip(graph.blocks, params["blocks"], strict=True):
         x_TD, new = traced[block.apply](layer, next(pages[block.group]), x_TD, run)
         written[block.group].append(new)
-    return written, graph.head(params, x_TD[run.last_R])
+    return written, x_TD

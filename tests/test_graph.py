@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.frontend.architectures import architecture
-from jaxinfer.graph import Block, Graph, Leaf, Pages, Run, StateGroup, forward
+from jaxinfer.graph import Block, Graph, Leaf, Pages, Run, StateGroup, forward, hidden
 from jaxinfer.kernels import init_pages, tracing
 from tests import tiny
 from tests.strategies import DECODE, GROUP, MIXED, MIXED_SINGLES, SEEDS, ragged_runs
@@ -41,7 +41,7 @@ def test_a_run_knows_the_row_and_the_position_of_each_token(shape, data):
 
 @given(seed=SEEDS)
 def test_a_step_takes_unknown_tokens_from_their_rows_slots(seed):
-    """Decode and prompt in one run, with an identity for a block: the logits are the last tokens' embeddings."""
+    """Decode and prompt in one run of blocks that add: hidden states and logits are embeddings, shifted."""
     rng = np.random.default_rng(seed)
     last_S = rng.integers(0, 50, 6).astype(np.int32)
     embedding = rng.normal(size=(50, 4)).astype(np.float32)
@@ -51,12 +51,14 @@ def test_a_step_takes_unknown_tokens_from_their_rows_slots(seed):
               {GROUP: np.zeros((4, 2), np.int32)}, 3, singles=1)
     same = Block("same", GROUP, lambda params, pages, x_TD, run: (x_TD + params["add"], pages))
     graph = Graph("identity", {}, (StateGroup(GROUP, 2, 1, 1),), lambda params, run: params["embed"][run.tokens_T],
-                  (same, same), lambda params, x_RD: x_RD, vocab=4, max_context=8)
+                  (same, same), lambda params, x_RD: x_RD * 10, vocab=4, max_context=8,
+                  final=lambda params, x_TD: x_TD - 1)
     params = {"embed": jnp.asarray(embedding), "blocks": [{"add": jnp.float32(1)}, {"add": jnp.float32(2)}]}
     state = {GROUP: [Pages(jnp.full(1, layer), jnp.zeros(1)) for layer in range(2)]}
+    read = embedding[[last_S[slot_R[0]], 7, 8, last_S[slot_R[1]], 3]] + 3 - 1
+    np.testing.assert_allclose(np.asarray(hidden(graph, params, state, last_S, run)[1])[:5], read, atol=1e-5)
     state, logits_RV = forward(graph, params, state, last_S, run)
-    expected = embedding[[last_S[slot_R[0]], last_S[slot_R[1]], 3]] + 3
-    np.testing.assert_allclose(np.asarray(logits_RV)[:3], expected, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(logits_RV)[:3], read[[0, 3, 4]] * 10, atol=1e-4)
     assert [int(pages.k[0]) for pages in state[GROUP]] == [0, 1], "layers keep their places"
 
 
