@@ -217,20 +217,20 @@ class Engine:
         rows = [rows for rows in self.executables.ladder.together if rows >= len(s.running)]
         if not rows or s.waiting or s.reading or not s.running or self._step_seconds * STEPS > TOGETHER:
             return 1
-        key = Key("greedy_steps" if _greedy(s.running) else "steps", Bucket(1, rows[0], rows[0], rows[0], STEPS))
+        key = Key("steps" if s.drawing else "greedy_steps", Bucket(1, rows[0], rows[0], rows[0], STEPS))
         if any(future.done() for future in self.executables.prepare(key)):
             return STEPS
         return 1
 
     def _then(self, plan: Plan) -> tuple[Key, ...]:
         """What follows `forward` in this step, for any number of rows."""
+        if not self.scheduler.fancy:
+            return (Key("sample" if self.scheduler.drawing else "greedy"),)
         drawing = [self.scheduler.sequences[id] for id, draws in zip(plan.ids, plan.draws, strict=True) if draws]
-        if all(s.plain for s in drawing):
-            return (Key("greedy" if _greedy(drawing) else "sample"),)
         functions = dict.fromkeys(s.sampling.logits for s in drawing if s.sampling.logits)
         edited = any(s.sampling.edits for s in drawing)
         return (*(Key("logits", 0, function) for function in functions),
-                Key("edited" if edited else "greedy" if _greedy(drawing) else "sample"),
+                Key("edited" if edited else "sample" if self.scheduler.drawing else "greedy"),
                 *([Key("logprobs")] if any(s.sampling.logprobs is not None for s in drawing) else ()))
 
     def _is_ready(self, plan: Plan) -> bool:
@@ -322,7 +322,10 @@ class Engine:
         return targets_T
 
     def _drawing(self, plan: Plan) -> dict[int, Sequence]:
-        """The sequences for which the step draws, by their rows in the plan, but for those that have ended since."""
+        """The sequences for which the step draws and does more, by their rows in the plan, but for those that have
+        ended since."""
+        if not self.scheduler.fancy:
+            return {}
         found = ((r, self.scheduler.sequences.get(id)) for r, id in enumerate(plan.ids) if plan.draws[r])
         return {r: sequence for r, sequence in found if sequence}
 
@@ -383,8 +386,8 @@ class Engine:
         read = None
         if flight.read is not None and (reader := self.scheduler.sequences.get(plan.ids[0])):
             read = (reader, plan.starts[0], jax.tree.map(np.asarray, flight.read))
-        drawn = self.scheduler.commit(plan, tokens_NR)
-        for s, token, ended in drawn:
+        fancy, drawn = self.scheduler.fancy, self.scheduler.commit(plan, tokens_NR)
+        for s, token, ended in drawn if fancy or min(map(min, tokens_NR)) < 0 else ():
             if token is not None and token < 0:
                 self._fail(s, "no token could be drawn: the logits are not numbers, or every token is forbidden")
             elif s.matcher is not None and token is not None and not ended:
@@ -396,7 +399,7 @@ class Engine:
         try:
             if sequence.matcher.accept(token):
                 self.scheduler.cancel(sequence.id, "stop")
-                return [d._replace(ended="stop") if d.sequence is sequence else d for d in drawn]
+                return [(s, t, "stop" if s is sequence else ended) for s, t, ended in drawn]
         except Exception as error:
             self._fail(sequence, f"the grammar refused the token {token}: {error}", error)
         return drawn
@@ -431,10 +434,6 @@ class Engine:
             failure.__cause__ = error
             self.failed(sequence, failure)
         self._reset()
-
-
-def _greedy(sequences: Iterable[Sequence]) -> bool:
-    return all(s.sampling.temperature == 0 for s in sequences)
 
 
 def _shape(plan: Plan) -> Bucket:

@@ -71,13 +71,9 @@ class Plan:
         )
 
 
-class Drawn(NamedTuple):
-    """What a commit did to a sequence: a token drawn (None: none was asked for), and how it ended, if it did. A token
-    below zero could not be drawn: the sequence has failed."""
-
-    sequence: Sequence
-    token: int | None
-    ended: FinishReason | None
+# What a commit did to a sequence: a token drawn (None: none was asked for), and how it ended, if it did. A token below
+# zero could not be drawn: the sequence has failed. A plain tuple: naming its parts takes longer than all the rest.
+Drawn = tuple[Sequence, int | None, FinishReason | None]
 
 
 class Scheduler:
@@ -102,6 +98,7 @@ class Scheduler:
         self.sequences: dict[int, Sequence] = {}
         self.slots = list(range(max_rows - 1, -1, -1))
         self.steps = self.preempted = self.read = self.reused = 0
+        self.drawing = self.fancy = 0  # running sequences that draw at random, and that want more than to draw
         self._last: Plan | None = None
         self._refused: tuple | None = None
 
@@ -194,6 +191,8 @@ class Scheduler:
         slot = sequence.slot = self.slots.pop()
         sequence.pages = {group.name: [] for group in self.groups}
         insort(self.running, sequence, key=BY_ORDER)
+        self.drawing += sequence.sampling.temperature > 0
+        self.fancy += not sequence.plain
         plan.began.append(Began(sequence.id, slot, tuple(sequence.tokens), sequence.prompt, sequence.sampling))
         sequence.node, sequence.indexed, sequence.known, sequence.reused = None, 0, 0, 0
         if match and match.length:
@@ -302,26 +301,26 @@ class Scheduler:
     def _decode(self, plan: Plan, steps: int) -> None:
         """A row for everyone who has one token to read and wants another."""
         size = self.tree.page_size
-        ids, slots, starts, tokens, counts = plan.ids, plan.slots, plan.starts, plan.tokens, plan.counts
+        rows: list[Sequence] = []
         for s in tuple(self.running):
             read = s.read
             if s.total - read != 1 or s.total >= s.most or (read < s.prompt and s.task != "draw"):
                 continue
-            opens = read % size == 0 or read % size + steps > size
-            if opens and (s.slot is None or not self._reserve(plan, s, steps, preempt=True)):
-                continue
             if s.slot is None:  # an older one took its pages just now
                 continue
-            ids.append(s.id)
-            slots.append(s.slot)
-            starts.append(read)
-            tokens.append(s.tokens[read] if read < len(s.tokens) else -1)
-            counts.append(read + 1 - s.prompt)
-            s.read = read + steps
-            s.total = read + steps + 1
-        plan.singles, plan.steps = len(ids), steps
-        plan.lens.extend([1] * len(ids))
-        plan.draws.extend([True] * len(ids))
+            opens = read % size == 0 or read % size + steps > size
+            if opens and not self._reserve(plan, s, steps, preempt=True):
+                continue
+            rows.append(s)
+        plan.singles, plan.steps, plan.lens, plan.draws = len(rows), steps, [1] * len(rows), [True] * len(rows)
+        plan.ids = [s.id for s in rows]
+        plan.slots = [s.slot for s in rows]  # type: ignore[misc]
+        plan.starts = [s.read for s in rows]
+        plan.counts = [s.total - s.prompt for s in rows]
+        plan.tokens = [-1 if s.read == len(s.tokens) else s.tokens[s.read] for s in rows]
+        for s in rows:
+            s.read += steps
+            s.total += steps
 
     def _reserve(self, plan: Plan, sequence: Sequence, count: int, preempt: bool) -> bool:
         """Give back the pages that no window shows any more, then make sure of pages for `count` more tokens, if need
@@ -355,31 +354,34 @@ class Scheduler:
     def commit(self, plan: Plan, tokens_NR: Iterable[Iterable[int]]) -> list[Drawn]:
         """Add the drawn tokens (of each step of the plan, one per row) to their sequences; the ended ones release
         their pages."""
-        drawn, sequences, size = [], self.sequences, self.tree.page_size
+        drawn: list[Drawn] = []
+        sequences, size = self.sequences, self.tree.page_size
         for tokens_R in tokens_NR:
-            for r, (id, draws, token) in enumerate(zip(plan.ids, plan.draws, tokens_R, strict=True)):
+            for id, draws, token in zip(plan.ids, plan.draws, tokens_R, strict=True):
                 s = sequences.get(id)
                 if s is None:
                     continue
                 if not draws:
+                    r = plan.ids.index(id)
                     if plan.starts[r] + plan.lens[r] == s.most:  # read to the end, and nothing is to be drawn
                         self._end(s, "length")
-                        drawn.append(Drawn(s, None, "length"))
+                        drawn.append((s, None, "length"))
                     continue
                 tokens, reason = s.tokens, None
                 if token < 0:
                     reason = "failed"
                 else:
                     tokens.append(token)
+                    count = len(tokens)
                     if token in s.stops:
                         reason = "stop"
-                    elif len(tokens) >= s.most:
+                    elif count >= s.most:
                         reason = "length"
+                    elif count % size == 1:
+                        self._index(s, tail=False)
                 if reason:
                     self._end(s, reason)
-                elif len(tokens) % size == 1:
-                    self._index(s, tail=False)
-                drawn.append(Drawn(s, token, reason))
+                drawn.append((s, token, reason))
         return drawn
 
     def rewind(self, failed: Plan | None = None) -> list[Sequence]:
@@ -415,6 +417,8 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self.drawing -= sequence.sampling.temperature > 0
+        self.fancy -= not sequence.plain
         if sequence in self.reading:
             self.reading.remove(sequence)
         for name, pages in sequence.pages.items():
