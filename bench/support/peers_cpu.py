@@ -2,6 +2,8 @@
 
 First it says which peers are here: {"peers": [...], "versions": {...}}. Then, for each {"peer", "prompts", "new"},
 {"seconds", "tokens"}: the time to read all prompts (token ids, equally long) and draw `new` tokens greedily for each.
+For each {"peer", "trace", "rows"}, {"times", "tokens", "slots", "padding"}: how it served the trace's requests, given
+as [seconds until it arrives, prompt, new], with at most `rows` at once; see `Served` in trace.py.
 """
 
 from __future__ import annotations
@@ -10,9 +12,63 @@ import json
 import os
 import sys
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+BATCH = 2048  # the most tokens that llama-server reads at once, its --batch-size
+
+
+class Traffic:
+    """A trace as it is served: who waits, what each request got and when, and what was computed for it."""
+
+    def __init__(self, trace: list[tuple[float, list[int], int]]):
+        self.waiting = deque(enumerate(trace))
+        self.times: list[list[float]] = [[] for _ in trace]
+        self.tokens: list[list[int]] = [[] for _ in trace]
+        self.slots = self.padding = 0
+        self.start = time.perf_counter()
+
+    def arrived(self, most: int, *, wait: bool) -> list[tuple[int, list[int], int]]:
+        """At most `most` of those that have arrived, as (number, prompt, new); `wait` sleeps until somebody has."""
+        now = lambda: time.perf_counter() - self.start
+        if wait and self.waiting:
+            time.sleep(max(0.0, self.waiting[0][1][0] - now()))
+        found = []
+        while len(found) < most and self.waiting and self.waiting[0][1][0] <= now():
+            number, (_, prompt, new) = self.waiting.popleft()
+            found.append((number, prompt, new))
+        return found
+
+    def give(self, number: int, tokens: list[int], times: list[float]) -> None:
+        self.tokens[number] += tokens
+        self.times[number] += [at - self.start for at in times]
+
+
+class Stamps:
+    """A streamer of transformers that notes when tokens come; it is first given the prompts."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, _tokens) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass
+class Slot:
+    """A sequence in llama.cpp's memory: request `number` and its tokens that are not read yet."""
+
+    id: int
+    number: int
+    new: int
+    unread: list[int]
+    read: int = 0
 
 
 class Transformers:
@@ -33,6 +89,24 @@ class Transformers:
             out = self.model.generate(ids, attention_mask=self.torch.ones_like(ids), do_sample=False, use_cache=True,
                                       min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
         return out[:, ids.shape[1]:].tolist()
+
+    def serve(self, traffic: Traffic, rows: int) -> None:
+        """Static batches: whoever has arrived (at most `rows`) is padded on the left to the longest prompt and runs
+        until the longest answer is done; then the next batch is formed. Each has its tokens as they are drawn."""
+        while traffic.waiting:
+            numbers, prompts, new = zip(*traffic.arrived(rows, wait=True), strict=True)
+            longest, most = max(map(len, prompts)), max(new)
+            ids = self.torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+            mask = self.torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+            stamps = Stamps()
+            with self.torch.inference_mode():
+                out = self.model.generate(ids, attention_mask=mask, do_sample=False, use_cache=True, streamer=stamps,
+                                          max_new_tokens=most, eos_token_id=None, pad_token_id=0)
+            for number, row, n in zip(numbers, out[:, longest:].tolist(), new, strict=True):
+                traffic.give(number, row[:n], stamps.times[1:n + 1])
+            computed = len(prompts) * (longest + most - 1)  # the last token is drawn, and never read
+            traffic.slots += computed
+            traffic.padding += computed - sum(map(len, prompts)) - sum(n - 1 for n in new)
 
 
 class LlamaCpp:
@@ -57,20 +131,24 @@ class LlamaCpp:
             self.contexts[rows] = self.api.llama_init_from_model(self.model, params)
         return self.contexts[rows]
 
-    def _step(self, context, start: int, tokens_R: list[list[int]]) -> list[int]:
-        """Read the rows' next tokens, all from position `start`; the likeliest token after each."""
-        flat = [(row, i, token) for row, tokens in enumerate(tokens_R) for i, token in enumerate(tokens)]
-        batch, last = self.api.llama_batch_init(len(flat), 0, 1), len(tokens_R[0]) - 1
-        batch.n_tokens = len(flat)
-        for n, (row, i, token) in enumerate(flat):
-            batch.token[n], batch.pos[n], batch.logits[n] = token, start + i, i == last
-            batch.n_seq_id[n], batch.seq_id[n][0] = 1, row
+    def _decode(self, context, entries: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Read tokens, given as (sequence, position, token, last); the likeliest token after each that is `last`."""
+        batch = self.api.llama_batch_init(len(entries), 0, 1)
+        batch.n_tokens = len(entries)
+        for n, (sequence, position, token, last) in enumerate(entries):
+            batch.token[n], batch.pos[n], batch.logits[n] = token, position, last
+            batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
         failed = self.api.llama_decode(context, batch)
         self.api.llama_batch_free(batch)
         assert not failed, f"llama_decode returned {failed}"
-        ends = [n for n, (_, i, _) in enumerate(flat) if i == last]
-        logits = (self.api.llama_get_logits_ith(context, n) for n in ends)
+        logits = (self.api.llama_get_logits_ith(context, n) for n, entry in enumerate(entries) if entry[3])
         return [int(np.ctypeslib.as_array(pointer, (self.vocab,)).argmax()) for pointer in logits]
+
+    def _step(self, context, start: int, tokens_R: list[list[int]]) -> list[int]:
+        """Read the rows' next tokens, all from position `start`; the likeliest token after each."""
+        last = len(tokens_R[0]) - 1
+        return self._decode(context, [(row, start + i, token, i == last)
+                                      for row, tokens in enumerate(tokens_R) for i, token in enumerate(tokens)])
 
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         context = self._context(len(prompts))
@@ -80,6 +158,35 @@ class LlamaCpp:
             drawn.append(self._step(context, start, [[token] for token in drawn[-1]]))
             start += 1
         return [list(row) for row in zip(*drawn, strict=True)]
+
+    def serve(self, traffic: Traffic, rows: int) -> None:
+        """Continuous batching over `rows` slots, as llama-server does it: each call reads the next token of every slot
+        that answers, then as much of the newcomers' prompts as `BATCH` leaves room for."""
+        context = self._context(rows)
+        memory = self.api.llama_get_memory(context)
+        self.api.llama_memory_clear(memory, True)
+        free, running = list(range(rows)), []
+        while traffic.waiting or running:
+            for number, prompt, new in traffic.arrived(len(free), wait=not running):
+                running.append(Slot(free.pop(), number, new, list(prompt)))
+            entries = []
+            for slot in sorted(running, key=lambda slot: len(slot.unread) > 1):
+                count = min(len(slot.unread), BATCH - len(entries))
+                last = count == len(slot.unread)
+                entries += [(slot.id, slot.read + i, token, last and i == count - 1)
+                            for i, token in enumerate(slot.unread[:count])]
+                slot.unread, slot.read = slot.unread[count:], slot.read + count
+            traffic.slots += len(entries)
+            drawn, now = self._decode(context, entries), time.perf_counter()
+            by_id = {slot.id: slot for slot in running}
+            ends = [by_id[sequence] for sequence, _, _, last in entries if last]
+            for slot, token in zip(ends, drawn, strict=True):
+                traffic.give(slot.number, [token], [now])
+                slot.unread = [token]
+                if len(traffic.tokens[slot.number]) == slot.new:
+                    running.remove(slot)
+                    free.append(slot.id)
+                    self.api.llama_memory_seq_rm(memory, slot.id, -1, -1)
 
 
 def survives(path: Path, threads: int) -> bool:
@@ -117,9 +224,16 @@ def main(path: Path, threads: int) -> None:
     print(json.dumps({"peers": list(peers), "versions": versions}), file=answers)
     for line in sys.stdin:
         ask = json.loads(line)
-        start = time.perf_counter()
-        tokens = peers[ask["peer"]].generate(ask["prompts"], ask["new"])
-        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), file=answers)
+        peer = peers[ask["peer"]]
+        if "trace" in ask:
+            traffic = Traffic(ask["trace"])
+            peer.serve(traffic, ask["rows"])
+            answer = {name: getattr(traffic, name) for name in ("times", "tokens", "slots", "padding")}
+        else:
+            start = time.perf_counter()
+            tokens = peer.generate(ask["prompts"], ask["new"])
+            answer = {"seconds": time.perf_counter() - start, "tokens": tokens}
+        print(json.dumps(answer), file=answers)
 
 
 if __name__ == "__main__":
