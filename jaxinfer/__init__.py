@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxinfer.errors import JaxinferError
     from jaxinfer.graph import Block, Graph, Leaf, Run, StateGroup
-    from jaxinfer.request import Output, Piece, Sampling
+    from jaxinfer.request import Output, Piece, Request, Sampling
     from jaxinfer.runtime.language import LanguageModel
     from jaxinfer.runtime.load import load
 
 __version__ = "0.1.0"
-__all__ = ["Block", "Graph", "JaxinferError", "LanguageModel", "Leaf", "Output", "Piece", "Run", "Sampling",
-           "StateGroup", "load"]
+__all__ = ["Block", "Graph", "JaxinferError", "LanguageModel", "Leaf", "Output", "Piece", "Request", "Run",
+           "Sampling", "StateGroup", "load"]
 _HOMES = {
     "errors": ("JaxinferError",), "graph": ("Block", "Graph", "Leaf", "Run", "StateGroup"),
-    "request": ("Output", "Piece", "Sampling"), "runtime.language": ("LanguageModel",), "runtime.load": ("load",),
+    "request": ("Output", "Piece", "Request", "Sampling"), "runtime.language": ("LanguageModel",),
+    "runtime.load": ("load",),
 }
 
 
