@@ -36,8 +36,10 @@ class Sample:
 
     def add(self, text: str, final: bool = False) -> tuple[str, bool]:
         """Text that may be shown now, and whether a stop string was found (then nothing follows)."""
-        self.held += text
         sampling = self.sequence.sampling
+        if not sampling.stop:
+            return text, False
+        self.held += text
         stops = sampling.stop if len(self.tokens) > sampling.min_tokens else ()
         found = min((at for stop in stops if (at := self.held.find(stop)) >= 0), default=None)
         if found is not None:
