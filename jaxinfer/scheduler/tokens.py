@@ -91,7 +91,9 @@ class Scheduler:
         self.groups = tuple(groups)
         self.tree = PrefixTree(self.groups)
         self.max_rows, self.chunk, self.chunks = max_rows, chunk, chunks
-        self.budget = budget or chunk + (max_rows if chunks else 0)
+        self.budget = budget or (max(chunk, max_rows) if chunks == 0 else chunk + max_rows)
+        self.prompts = max_rows if chunks is None else max(1, chunks)  # that one step may read
+        assert self.budget >= max_rows, f"a budget of {self.budget} tokens is too small for {max_rows} rows"
         self.waiting: list[Sequence] = []  # both by order
         self.running: list[Sequence] = []
         self.reading: list[Sequence] = []  # those running that have more than one token to read
@@ -148,7 +150,7 @@ class Scheduler:
     def _admit(self, plan: Plan) -> None:
         """Let the first in the queue in, as long as there is budget for more than is being read already."""
         while self.waiting and self.slots:
-            if self.reading and (self.chunks is not None or sum(s.unread for s in self.reading) >= self.budget):
+            if len(self.reading) >= self.prompts or sum(s.unread for s in self.reading) >= self.budget:
                 break
             if not self._enter(plan, self.waiting[0]):
                 break
@@ -157,7 +159,7 @@ class Scheduler:
         """Give a sequence a slot if there are pages for all it has to read and one page more."""
         if sequence.total > len(sequence.tokens):
             return False  # it was preempted, and a token of its is still being drawn
-        if sequence.after and sequence.after.ended is None and sequence.after.known < sequence.prompt:
+        if sequence.after and sequence.after.ended is None and sequence.after.known < sequence.prompt - 1:
             return False
         room = (sequence.id, len(self.running), *(self.tree.obtainable(group.name) for group in self.groups))
         if room == self._refused:
@@ -165,6 +167,9 @@ class Scheduler:
         match = None
         if sequence.namespace is not None and sequence.task == "draw":
             match = self.tree.match(sequence.namespace, sequence.tokens, len(sequence.tokens) - 1)
+        if match and match.copies and not all(self.tree.obtainable(group.name) for group in self.groups):
+            self._forget(match)  # the one page left is that to be copied
+            match = None
         if self.running and not self._room(sequence, match):
             self._forget(match)
             self._refused = room
@@ -200,37 +205,30 @@ class Scheduler:
             for name, held in match.pages.items():
                 sequence.pages[name] = held
                 plan.pages.extend((name, slot, i, page) for i, page in enumerate(held) if page is not None)
-                sequence.indexed = sequence.known = len(held) * self.tree.page_size
-            sequence.read = self._copy(plan, sequence, match)
-            self.reused += sequence.read
+                sequence.indexed = len(held) * self.tree.page_size
+            self._copy(plan, sequence, match)
+            sequence.read = sequence.known = match.length
+            self.reused += match.length
         if _reads(sequence):
             insort(self.reading, sequence, key=BY_ORDER)
 
-    def _copy(self, plan: Plan, sequence: Sequence, match) -> int:
+    def _copy(self, plan: Plan, sequence: Sequence, match) -> None:
         """A match that ends inside a page is copied into one of the sequence's own: its owner may still write behind
-        it. Returns how much of the match can be used."""
-        own = {group.name: self.tree.take(group.name) for group in self.groups} if match.copies else {}
-        enough = None not in own.values()
-        for name, page in own.items():
-            if enough:
-                plan.pages.append((name, sequence.slot, len(sequence.pages[name]), page))  # type: ignore[arg-type]
-                sequence.pages[name].append(page)
-            else:
-                self.tree.release(name, (page,))
+        it."""
         for name, source in match.copies:
-            if enough:
-                plan.copies.append((name, source, own[name]))  # type: ignore[arg-type]
+            own, held = self.tree.take(name), sequence.pages[name]
+            plan.pages.append((name, sequence.slot, len(held), own))  # type: ignore[arg-type]
+            plan.copies.append((name, source, own))  # type: ignore[arg-type]
+            held.append(own)
             self.tree.release(name, (source,))
-        return match.length if enough else sequence.indexed
 
     # Reading prompts.
 
     def _read(self, plan: Plan) -> None:
         """Add prompt chunks to the plan, in order, as far as its budget and its kind allow."""
-        most = 1 if self.chunks is not None else self.max_rows
         for sequence in tuple(self.reading):
             budget = self.budget - len(plan.tokens)
-            if budget <= 0 or len(plan.ids) - plan.singles >= most:
+            if budget <= 0 or len(plan.ids) - plan.singles >= self.prompts:
                 break
             if sequence.task != "draw" and plan.ids:
                 break
