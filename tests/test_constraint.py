@@ -102,6 +102,8 @@ def follow(grammar: Grammar, text: str, tokenizer: Tokenizer = TINY) -> Matcher:
     """The matcher after `text`, each of whose tokens it must allow. (Its first blank is the tokenizer's own.)"""
     tokens = tokenizer.encode("\n" + text, add_special=False)
     tokens = tokens[next(i for i in range(len(tokens) + 1) if tokenizer.decode(tokens[:i]).endswith("\n")) :]
+    special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    assume(not (special | tokenizer.eos_ids) & set(tokens))  # "<s>" spelt out
     matcher = grammar.matcher()
     for token in tokens:
         assert token in allowed(matcher, tokenizer), (text, tokens, token)
@@ -187,7 +189,8 @@ def documents(schema: dict) -> st.SearchStrategy:
         case {"pattern": pattern}:
             return st.from_regex(re.compile(pattern.removeprefix("^").removesuffix("$"), re.ASCII), fullmatch=True)
         case {"type": "string", "minLength": least, "maxLength": most}:
-            return st.text(st.characters(exclude_categories=["Cs"]), min_size=least, max_size=most)
+            there = st.characters(exclude_categories=["Cs"], exclude_characters="\x7f")  # llguidance wants DEL escaped
+            return st.text(there, min_size=least, max_size=most)
         case {"type": kinds}:
             values = {"null": [None], "boolean": [True, False]}
             return st.sampled_from([value for kind in np.atleast_1d(kinds) for value in values[kind]])
@@ -228,7 +231,7 @@ def test_random_tokens_under_the_mask_are_a_document_of_the_schema(kind, schema,
 
 
 @MANY
-@given(regex=regexes(WIDE), seed=SEEDS)
+@given(regex=regexes(NARROW), seed=SEEDS)
 def test_random_tokens_under_the_mask_match_the_whole_regex(regex, seed):
     assert re.fullmatch(regex, drawn(compiled(regex=regex), seed))
 
@@ -428,6 +431,7 @@ BAD = [
     ("regex", b"a", "a regex is a string"),
     ("grammar", "start: foo", 'unknown name: "foo"'),
     ("grammar", 'start: "a', "1"),
+    ("grammar", "start: " + "(" * 10_000, "too deeply nested"),
     ("grammar", "start: <nope>", "unknown special token"),
     ("grammar", "start: start", "this model has no text for it .*no token that may come"),
     ("grammar", "root ::= nope", "nope"),
@@ -446,6 +450,7 @@ def test_what_cannot_be_followed_is_refused_with_the_field_and_the_reason(field,
     with pytest.raises(InvalidRequest, match=rf"^{field} cannot be followed: (?s:.*){reason}") as refused:
         compiled(**{field: value})
     assert "%llguidance" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
 
 
 def test_a_token_that_the_mask_forbids_fails_the_matcher_for_good():

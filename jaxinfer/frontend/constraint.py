@@ -202,7 +202,7 @@ def _vocabulary(tokenizer: Tokenizer, eos: frozenset[int], vocab: int) -> _Vocab
 
 
 def _brief(message: str) -> str:
-    """llguidance's reason, without our line in what it shows of the grammar."""
+    """llguidance's reason, without our line in what it shows of the grammar, and no line of it at full length."""
     if message.startswith("NoExtensionBias"):
         return "there is no token that may come next"
-    return "\n".join(line for line in message.splitlines() if FREE not in line and line != "<non-verbose/>")
+    return "\n".join(line[:160] for line in message.splitlines() if FREE not in line and line != "<non-verbose/>")
