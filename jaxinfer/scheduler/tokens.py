@@ -315,7 +315,7 @@ class Scheduler:
         plan.slots = [s.slot for s in rows]  # type: ignore[misc]
         plan.starts = [s.read for s in rows]
         plan.counts = [s.total - s.prompt for s in rows]
-        plan.tokens = [-1 if s.read == len(s.tokens) else s.tokens[s.read] for s in rows]
+        plan.tokens = [s.tokens[s.read] if s.read < len(s.tokens) else -1 for s in rows]
         for s in rows:
             s.read += steps
             s.total += steps
