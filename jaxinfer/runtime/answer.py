@@ -6,7 +6,7 @@ import asyncio
 import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from jaxinfer.request import Output, Piece
@@ -26,6 +26,7 @@ class Answer(Future[Output]):
         self._abandon, self._on_piece = abandon, on_piece
         self._pieces: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
+        self._settled = False
 
     def cancel(self) -> bool:
         """End the request. False if it had ended already."""
@@ -35,28 +36,35 @@ class Answer(Future[Output]):
         self._put(CancelledError())
         return True
 
-    def deliver(self, piece: Piece) -> None:
-        """The delivery thread's: one more piece. Raises what a callback raises."""
+    def settle(self) -> bool:
+        """The delivery thread's: the end is near, and it is too late to cancel. False if that has happened."""
+        if not self._settled and not self.cancelled():
+            self._settled = self.set_running_or_notify_cancel()
+        return self._settled
+
+    def show(self, piece: Piece) -> None:
+        """The delivery thread's: call back with a piece. Raises what the callback raises."""
         if self._on_piece is not None:
             self._on_piece(piece)
+
+    def deliver(self, piece: Piece) -> None:
+        """The delivery thread's: one more piece for who takes them."""
         self._put(piece)
         if piece.output is not None:
-            self._end(self.set_result, piece.output)
+            self.set_result(piece.output)
 
     def fail(self, error: BaseException) -> None:
         """The delivery thread's: there will be no more pieces."""
-        self._end(self.set_exception, error)
+        self.set_exception(error)
         self._put(error)
-
-    def _end(self, end: Callable[[Any], None], value: Any) -> None:
-        try:
-            end(value)
-        except InvalidStateError:
-            pass  # cancelled meanwhile
 
     def _put(self, item: Piece | BaseException) -> None:
         self._pieces.put(item)
-        self._wake()
+        try:
+            self._wake()
+        except RuntimeError:  # the event loop was closed under an `async for`: nobody will take more
+            self._wake = lambda: None
+            self.cancel()
 
     def __iter__(self) -> Iterator[Piece]:
         while True:

@@ -6,6 +6,7 @@ import heapq
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -86,8 +87,9 @@ class Delivery:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._tickets: dict[int, tuple[Ticket, Sample]] = {}  # by sequence
-        self._deadlines: list[tuple[float, int, Ticket, str]] = []
+        self._deadlines: list[tuple[float, int, weakref.ref[Ticket], str]] = []
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closing, self._closed = threading.RLock(), False
         self._thread = threading.Thread(target=self._loop, name="jaxinfer-delivery", daemon=True)
         self._thread.start()
 
@@ -97,18 +99,26 @@ class Delivery:
         """Open a ticket; call it before the sequences are submitted."""
         samples = [Sample(s, i, self._tokenizer.stream()) for i, s in enumerate(sequences)]
         ticket = Ticket(request, samples, answer, time.perf_counter())
-        self._inbox.put(partial(self._open, ticket))
+        self._post(partial(self._open, ticket))
         return ticket
 
     def abandon(self, ticket: Ticket) -> None:
         """End a request whose caller has gone; nothing is delivered any more."""
-        self._inbox.put(partial(self._close, ticket, "cancelled"))
+        self._post(partial(self._close, ticket, "cancelled"))
 
     def tell(self, news: News) -> None:
-        self._inbox.put(partial(self._hear, news))
+        self._post(partial(self._hear, news))
 
     def failed(self, sequence: Sequence, error: BaseException) -> None:
-        self._inbox.put(partial(self._failed, sequence.id, error))
+        self._post(partial(self._failed, sequence.id, error))
+
+    def _post(self, action: Callable[[], None]) -> None:
+        """A request that slipped in while the model closed is told of it by its own thread: the other has gone."""
+        with self._closing:
+            if not self._closed:
+                self._inbox.put(action)
+                return
+            action()
 
     def close(self) -> None:
         self._inbox.put(None)
@@ -119,15 +129,20 @@ class Delivery:
 
     def _loop(self) -> None:
         while True:
+            self._expire()
             wait = self._deadlines[0][0] - time.perf_counter() if self._deadlines else None
             try:
                 action = self._inbox.get(timeout=None if wait is None else max(wait, 0))
             except queue.Empty:
-                self._expire()
                 continue
             if action is None:
-                return
+                break
             action()
+        with self._closing:
+            self._closed = True
+            while not self._inbox.empty():
+                if action := self._inbox.get():
+                    action()
 
     def _open(self, ticket: Ticket) -> None:
         for sample in ticket.samples:
@@ -135,7 +150,7 @@ class Delivery:
         for name in ("queue_timeout", "timeout"):
             seconds = getattr(ticket.request, name)
             if seconds is not None:
-                entry = ticket.submitted + seconds, ticket.samples[0].sequence.id, ticket, name
+                entry = ticket.submitted + seconds, ticket.samples[0].sequence.id, weakref.ref(ticket), name
                 heapq.heappush(self._deadlines, entry)
 
     def _is_open(self, ticket: Ticket) -> bool:
@@ -144,8 +159,8 @@ class Delivery:
     def _expire(self) -> None:
         now = time.perf_counter()
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, ticket, name = heapq.heappop(self._deadlines)
-            if not self._is_open(ticket) or (name == "queue_timeout" and ticket.read_at is not None):
+            ticket, name = self._deadlines[0][2](), heapq.heappop(self._deadlines)[3]
+            if ticket is None or not self._is_open(ticket) or (name == "queue_timeout" and ticket.read_at is not None):
                 continue
             doing = "its prompt had not begun to be read" if ticket.read_at is None else "it was still running"
             seconds = getattr(ticket.request, name)
@@ -156,6 +171,8 @@ class Delivery:
             self._fail(self._tickets[id][0], error)
 
     def _fail(self, ticket: Ticket, error: BaseException, reason: FinishReason = "failed") -> None:
+        if not ticket.answer.settle():
+            return  # cancelled just now
         if isinstance(error, RequestFailed):
             error.output = self._output(ticket, ticket.samples[0], reason)
         self._close(ticket, reason)
@@ -196,14 +213,14 @@ class Delivery:
             return
         try:
             act(*found, *args)
-        except Exception as error:
+        except BaseException as error:  # sys.exit() in a callback as well
             self._fail(found[0], error)
 
     def _read(self, ticket: Ticket, start: int, arrays: Any) -> None:
         prompt, most = ticket.prompt, ticket.request.sampling.prompt_logprobs
         if most is None:
             sum_D, last_D = arrays
-            ticket.pooled = [sum_D + (ticket.pooled[0] if ticket.pooled else 0), last_D]
+            ticket.pooled = [sum_D + (ticket.pooled[0] if ticket.pooled and start else 0), last_D]  # 0: read again
             return
         for t in range(min(len(arrays.chosen), len(prompt) - 1 - start)):
             ticket.scores[start + t + 1] = _logprob(arrays, t, prompt[start + t + 1], most)
@@ -243,6 +260,9 @@ class Delivery:
         logprobs = tuple(sample.logprobs[fresh]) if sample.logprobs else None
         piece = Piece(text, tuple(sample.tokens[fresh]), output, sample.index, reason, logprobs)
         sample.fresh = 0
+        if output is not None and not ticket.answer.settle():
+            return  # cancelled just now
+        ticket.answer.show(piece)
         if output is not None:
             self._close(ticket, output.finish_reason)  # first: who has the Output may abandon the request
         elif reason is not None:

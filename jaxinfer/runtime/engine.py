@@ -159,20 +159,18 @@ class Engine:
     # In the engine's thread.
 
     def _loop(self) -> None:
-        error: BaseException = Closed("the model was closed while this request was waiting or running")
+        kind, message, cause = Closed, "the model was closed while this request was waiting or running", None
         try:
             self._run()
         except BaseException as unexpected:
-            error = StepFailed(f"the engine stopped: {unexpected}")
-            error.__cause__ = unexpected
+            kind, message, cause = StepFailed, f"the engine stopped: {unexpected}", unexpected
         with self._wake:
             self._closing, actions = True, tuple(self._inbox)
             self._room.notify_all()
         for action in actions:
             action()
         for sequence in tuple(self.scheduler.sequences.values()):
-            self.scheduler.cancel(sequence.id, "failed")
-            self.failed(sequence, error)
+            self._fail(sequence, message, cause, kind)
         self.state = self.params = self.history_SL = None
 
     def _run(self) -> None:
@@ -290,9 +288,9 @@ class Engine:
             if not errors:
                 raise
             plan = plan.only([r for r in range(len(plan.ids)) if r not in errors])
+            run, remember_R, rows = self.packer.pack(plan, bucket)  # for who was let in without a row, if for nobody
             if not plan.ids:
                 return None
-            run, remember_R, rows = self.packer.pack(plan, bucket)
         return plan, run, Flight(plan, rows, remember_R, ())
 
     def _keep_house(self, plan: Plan) -> None:
@@ -404,9 +402,10 @@ class Engine:
             self._fail(sequence, f"the grammar refused the token {token}: {error}", error)
         return drawn
 
-    def _fail(self, sequence: Sequence, message: str, cause: BaseException | None = None) -> None:
-        """End one request; its neighbours go on."""
-        error = RequestFailed(message)
+    def _fail(self, sequence: Sequence, message: str, cause: BaseException | None = None,
+              kind: type[RequestFailed] = RequestFailed) -> None:
+        """End one request, with an error of its own; its neighbours go on."""
+        error = kind(message)
         error.__cause__ = cause
         self.scheduler.cancel(sequence.id, "failed")
         self.failed(sequence, error)
