@@ -1,0 +1,77 @@
+"""What tests do to a model that runs: wait for it, hold its engine still, make a step slow, look into its pages."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from jaxinfer import events
+from jaxinfer.compiler import Key
+
+
+def eventually(condition: Callable[[], object], seconds: float = 20) -> object:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return condition()
+
+
+def all_free(lm) -> bool:
+    """Whether nothing runs or waits, and every page could be had (promise 4)."""
+    engine, scheduler = lm._engine, lm._engine.scheduler
+    pools = scheduler.tree.pools.items()
+    return (not scheduler.sequences and not engine.waiting and not engine.waiting_tokens
+            and all(scheduler.tree.obtainable(name) == pool.size for name, pool in pools))
+
+
+@contextmanager
+def hooked(lm, hook: Callable[[Key], Callable | None]) -> Iterator[None]:
+    """In the engine's thread, before a step finds one of its programs: call `hook` with its key. What `hook` returns
+    takes the program's place."""
+    executables = lm._engine.executables
+
+    def get(key, *counts):
+        return hook(key) or type(executables).get(executables, key, *counts)
+
+    executables.get = get
+    try:
+        yield
+    finally:
+        del executables.get
+
+
+@contextmanager
+def held(lm) -> Iterator[threading.Event]:
+    """The engine stops before its next step until the block ends; what it yields says that it has."""
+    stopped, go = threading.Event(), threading.Event()
+
+    def hold(key):
+        if not isinstance(key.shape, int):
+            stopped.set()
+            go.wait(60)
+
+    with hooked(lm, hold):
+        try:
+            yield stopped
+        finally:
+            go.set()
+
+
+@contextmanager
+def blocked(lm, **options) -> Iterator[None]:
+    """A request is in the engine's hands, and the engine stands still before its step: what comes now waits."""
+    with held(lm) as stopped:
+        answer = lm.submit([9, 9], max_tokens=200, ignore_eos=True, reuse=False, **options)
+        assert stopped.wait(60), "the engine did not come to its next step"
+        try:
+            yield
+        finally:
+            answer.cancel()
+
+
+@contextmanager
+def endings() -> Iterator[list[events.RequestEnded]]:
+    """Every RequestEnded of the block."""
+    seen: list[events.RequestEnded] = []
+    with events.observe(lambda event: seen.append(event) if isinstance(event, events.RequestEnded) else None):
+        yield seen
