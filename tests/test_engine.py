@@ -454,9 +454,9 @@ def test_a_compile_that_failed_is_tried_again(tiny_path):
             del executables._pending[key], executables._ready[key]
         executables.lower = lambda key: 1 / 0
         with pytest.raises(StepFailed, match="division by zero"):
-            lm("x", max_tokens=5)
+            lm("Once", max_tokens=5)
         executables.lower = real
-        assert len(lm("x", max_tokens=5).tokens) == 5
+        assert len(lm("Once", max_tokens=5).tokens) == 5
 
 
 def test_a_model_that_is_dropped_is_closed(tiny_path):

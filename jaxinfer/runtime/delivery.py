@@ -27,6 +27,7 @@ class Sample:
     sequence: Sequence
     index: int
     text: TextStream
+    echo: str = ""  # the prompt's text, if it is to be shown before the answer's
     shown: list[str] = field(default_factory=list)
     held: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -97,7 +98,10 @@ class Delivery:
 
     def expect(self, request: Request, sequences: list[Sequence], answer: Answer) -> Ticket:
         """Open a ticket; call it before the sequences are submitted."""
-        samples = [Sample(s, i, self._tokenizer.stream()) for i, s in enumerate(sequences)]
+        asked, echo = request.prompt, ""
+        if request.sampling.echo:
+            echo = asked if isinstance(asked, str) else self._tokenizer.decode(asked)
+        samples = [Sample(s, i, self._tokenizer.stream(), echo) for i, s in enumerate(sequences)]
         ticket = Ticket(request, samples, answer, time.perf_counter())
         self._post(partial(self._open, ticket))
         return ticket
@@ -244,10 +248,10 @@ class Delivery:
         self._show(ticket, sample, show, "stop" if stopped else reason)
 
     def _show(self, ticket: Ticket, sample: Sample, text: str, reason: FinishReason | None) -> None:
-        if text:
-            sample.shown.append(text)
         if not text and reason is None:
             return
+        text, sample.echo = sample.echo + text, ""
+        sample.shown.append(text)
         output = None
         if reason is not None:
             sample.output = self._output(ticket, sample, reason)
@@ -276,15 +280,12 @@ class Delivery:
         read, first = ticket.read_at or end, sample.first_at or end
         times = Timings(read - start, first - start, end - start, len(sample.tokens))
         sampling, prompt = ticket.request.sampling, ticket.prompt
-        text = "".join(sample.shown)
-        if sampling.echo:
-            asked = ticket.request.prompt
-            text = (asked if isinstance(asked, str) else self._tokenizer.decode(prompt)) + text
         scores = None
         if sampling.prompt_logprobs is not None:
             scores = tuple(ticket.scores.get(i) for i in range(len(prompt)))
         logprobs = tuple(sample.logprobs) if sampling.logprobs is not None else None
-        return Output(prompt, text, tuple(sample.tokens), reason, times, logprobs, scores, (), sample.sequence.reused)
+        return Output(prompt, "".join(sample.shown), tuple(sample.tokens), reason, times, logprobs, scores, (),
+                      sample.sequence.reused)
 
 
 def _logprob(arrays: Any, row: int, token: int, most: int) -> Logprob:

@@ -89,7 +89,9 @@ class Packer:
         if s.allowed_tokens is not None:
             mask_W &= self._bits(s.allowed_tokens)
         if count < s.min_tokens:
-            mask_W &= ~self._bits(tuple(sequence.stops))
+            longer_W = mask_W & ~self._bits(tuple(sequence.stops))
+            if longer_W.any():  # else a grammar has come to its end
+                mask_W[:] = longer_W
 
     def _bits(self, tokens: tuple[int, ...]) -> np.ndarray:
         """uint32[W] with the bits of these tokens set."""
