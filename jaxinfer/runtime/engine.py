@@ -22,7 +22,7 @@ from jaxinfer.request import FinishReason, Sequence
 from jaxinfer.runtime.pack import Packer
 from jaxinfer.scheduler import Drawn, Plan, Scheduler
 
-TOGETHER = 0.02  # seconds that several decode steps in one call may take: nobody should see a stream stutter
+TOGETHER = 0.05  # seconds that several decode steps in one call may take: nobody should see a stream stutter
 
 
 class News(NamedTuple):
