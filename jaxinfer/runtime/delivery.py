@@ -43,9 +43,9 @@ class Sample:
             return text, False
         self.held += text
         stops = sampling.stop if len(self.tokens) > sampling.min_tokens else ()
-        found = min((at for stop in stops if (at := self.held.find(stop)) >= 0), default=None)
-        if found is not None:
-            show, self.held = self.held[:found], ""
+        found = min(((at + len(stop), at) for stop in stops if (at := self.held.find(stop)) >= 0), default=None)
+        if found is not None:  # the first to be complete, so that it does not matter how tokens cut the text
+            show, self.held = self.held[: found[1]], ""
             return show, True
         keep = 0 if final else max((_overlap(self.held, stop) for stop in sampling.stop), default=0)
         show, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep:]
