@@ -69,7 +69,7 @@ class Engine:
         self.packer = Packer(scheduler.max_rows, executables.table_width, executables.graph.vocab)
         self._queued: dict[int, int] = {}  # the tokens of each that waits
         self._pace = 0.0  # seconds between two that leave the queue, on average
-        self._left = 0.0  # when the last one left it
+        self._left = 0.0  # when the last one left it, or the first one came
         self._step_seconds = 1.0  # of a decode step, on average
         self._committed = 0.0  # when the last step was; 0 after a pause
         self._device, self._make_state = device, make_state
@@ -103,6 +103,8 @@ class Engine:
                 if not wait:
                     raise self._rejected(len(sequences), tokens)
                 self._room.wait()
+            if not self.waiting:
+                self._left = time.perf_counter()  # nobody waited before: only from now on does time tell of the pace
             for sequence in sequences:
                 self._queued[sequence.id] = sequence.prompt
             self.waiting, self.waiting_tokens = self.waiting + len(sequences), self.waiting_tokens + tokens
@@ -112,7 +114,7 @@ class Engine:
         if self.waiting_tokens + tokens > self.max_waiting_tokens:
             share = (self.waiting_tokens + tokens - self.max_waiting_tokens) / max(self.waiting_tokens, 1)
             excess = max(excess, share * self.waiting)
-        pace = max(self._pace, time.perf_counter() - self._left if self._left else 1.0)
+        pace = max(self._pace, time.perf_counter() - self._left)
         return Rejected(
             f"the queue is full: {self.waiting} requests of {self.waiting_tokens} tokens wait, and max_waiting="
             f"{self.max_waiting}, max_waiting_tokens={self.max_waiting_tokens}; try again in {pace * excess:.1f} s",
@@ -224,7 +226,7 @@ class Engine:
         """What follows `forward` in this step, for any number of rows."""
         if not self.scheduler.fancy:
             return (Key("sample" if self.scheduler.drawing else "greedy"),)
-        drawing = [self.scheduler.sequences[id] for id, draws in zip(plan.ids, plan.draws, strict=True) if draws]
+        drawing = self._drawing(plan).values()
         functions = dict.fromkeys(s.sampling.logits for s in drawing if s.sampling.logits)
         edited = any(s.sampling.edits for s in drawing)
         return (*(Key("logits", 0, function) for function in functions),
@@ -238,7 +240,7 @@ class Engine:
 
     def _dispatch(self, plan: Plan) -> Flight | None:
         now = time.perf_counter()
-        began = tuple(self.scheduler.sequences[b.sequence] for b in plan.began)
+        began = tuple(s for b in plan.began if (s := self.scheduler.sequences.get(b.sequence)))
         if began:
             self._leave_queue([s.id for s in began])
             self.tell(News(now, began))
@@ -284,7 +286,8 @@ class Engine:
                     self.packer.pack(plan.only([r]), bucket)
                 except Exception as error:
                     errors[r] = error
-                    self._fail(self.scheduler.sequences[id], f"this request could not be packed: {error}", error)
+                    if sequence := self.scheduler.sequences.get(id):
+                        self._fail(sequence, f"this request could not be packed: {error}", error)
             if not errors:
                 raise
             plan = plan.only([r for r in range(len(plan.ids)) if r not in errors])
@@ -313,8 +316,8 @@ class Engine:
 
     def _targets(self, plan: Plan, bucket: Bucket) -> np.ndarray:
         """The token after each token of the only row."""
-        tokens = self.scheduler.sequences[plan.ids[0]].tokens
-        following = tokens[plan.starts[0] + 1: plan.starts[0] + 1 + plan.lens[0]]
+        reader = self.scheduler.sequences.get(plan.ids[0])
+        following = () if reader is None else reader.tokens[plan.starts[0] + 1: plan.starts[0] + 1 + plan.lens[0]]
         targets_T = np.zeros(bucket.tokens, np.int32)
         targets_T[: len(following)] = following
         return targets_T
@@ -408,6 +411,7 @@ class Engine:
         error = kind(message)
         error.__cause__ = cause
         self.scheduler.cancel(sequence.id, "failed")
+        self._leave_queue([sequence.id])
         self.failed(sequence, error)
 
     def _leave_queue(self, ids: Iterable[int]) -> None:
@@ -417,8 +421,7 @@ class Engine:
                 tokens = self._queued.pop(id, None)
                 if tokens is not None:
                     self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - tokens
-                    if self._left:
-                        self._pace += 0.1 * (now - self._left - self._pace) if self._pace else now - self._left
+                    self._pace += (0.1 if self._pace else 1.0) * (now - self._left - self._pace)
                     self._left = now
             self._room.notify_all()
 
@@ -431,6 +434,7 @@ class Engine:
         for sequence in failed:
             failure = StepFailed(f"the step failed, and failed again when it was repeated: {error}")
             failure.__cause__ = error
+            self._leave_queue([sequence.id])
             self.failed(sequence, failure)
         self._reset()
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxinfer import events
 from jaxinfer.compiler import Ledger
-from jaxinfer.errors import Closed, InvalidRequest, JaxinferError, Rejected
+from jaxinfer.errors import Closed, InvalidRequest, Rejected, RequestFailed
 from jaxinfer.frontend.constraint import compile_grammar
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Graph
@@ -341,10 +341,12 @@ def _enter(engine: Engine, delivery: Delivery, sequences: list[Sequence], error:
     try:
         if error is None:
             engine.submit(*sequences)
-    except JaxinferError as closed:
-        error = closed
-    if error is not None:
-        delivery.failed(sequences[0], error)
+        elif engine.closed:
+            raise Closed("the model was closed while this request was waiting") from error
+        else:
+            raise RequestFailed(f"what this request needs could not be compiled: {error}") from error
+    except RequestFailed as failure:
+        delivery.failed(sequences[0], failure)
 
 
 def _shut(engine: Engine, delivery: Delivery) -> None:

@@ -131,6 +131,8 @@ class Scheduler:
         self._index_prompts()
         self._admit(plan)
         if self.chunks != 0 and not (self.reading and self.reading[0].task != "draw"):
+            if self.reading:  # its pages first: no row that is in the plan already can be preempted for them
+                self._reserve(plan, self.reading[0], min(self.reading[0].unread, self.chunk), preempt=True)
             self._decode(plan, self._together(steps))
             self._read(plan)
         else:  # steps of one kind: they take turns
@@ -228,7 +230,7 @@ class Scheduler:
         """Add prompt chunks to the plan, in order, as far as its budget and its kind allow."""
         for sequence in tuple(self.reading):
             budget = self.budget - len(plan.tokens)
-            if budget <= 0 or len(plan.ids) - plan.singles >= self.prompts:
+            if budget <= 0:
                 break
             if sequence.task != "draw" and plan.ids:
                 break
@@ -264,7 +266,7 @@ class Scheduler:
         for id in last.ids[last.singles:] if last else ():
             sequence = self.sequences.get(id)
             if sequence and sequence.slot is not None:
-                self._index(sequence, tail=sequence.read >= sequence.prompt)
+                self._index(sequence, tail=sequence.read >= sequence.prompt - 1)
 
     def _index(self, sequence: Sequence, tail: bool) -> None:
         """Tell the prefix tree what the sequence's pages hold: the full ones, and with `tail` the last one as well."""
