@@ -28,16 +28,12 @@ def all_free(lm) -> bool:
 def hooked(lm, hook: Callable[[Key], Callable | None]) -> Iterator[None]:
     """In the engine's thread, before a step finds one of its programs: call `hook` with its key. What `hook` returns
     takes the program's place."""
-    executables = lm._engine.executables
-
-    def get(key, *counts):
-        return hook(key) or type(executables).get(executables, key, *counts)
-
-    executables.get = get
+    executables, before = lm._engine.executables, lm._engine.executables.get
+    executables.get = lambda key, *counts: hook(key) or before(key, *counts)
     try:
         yield
     finally:
-        del executables.get
+        executables.get = before
 
 
 @contextmanager
