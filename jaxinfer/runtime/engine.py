@@ -310,7 +310,7 @@ class Engine:
                 tokens_L[: len(began.tokens)] = began.tokens
                 if self.history_SL is None:
                     shape = self.scheduler.max_rows, self.executables.max_context
-                    self.history_SL = jax.device_put(jnp.zeros(shape, jnp.int32), self._device)
+                    self.history_SL = jax.device_put(np.zeros(shape, np.int32), self._device)  # jnp's would compile
                 self.history_SL = self.executables.get(Key("history"))(
                     self.history_SL, np.int32(began.slot), tokens_L)
 
