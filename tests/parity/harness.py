@@ -6,13 +6,14 @@ hold junk; of a group with a window, the table forgets pages as soon as they are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.graph import Graph, Pages, Params, Run, forward
+from jaxinfer.graph import Graph, Pages, Params, Run, forward, hidden
 from jaxinfer.kernels import init_pages
 
 JUNK = 2**30
@@ -39,6 +40,13 @@ class Rows:
 
     def step(self, tokens: list[list[int]]) -> np.ndarray:
         """Read the next `tokens` of each row (none for some); logits `[count, V]` of each row's last token."""
+        return self._read(forward, tokens)[: len(tokens)]
+
+    def hidden(self, tokens: list[list[int]]) -> list[np.ndarray]:
+        """The same step; the hidden states `[tokens, D]` of what was read of each row."""
+        return np.split(self._read(hidden, tokens), np.cumsum([len(row) for row in tokens]))[: len(tokens)]
+
+    def _read(self, what: Callable, tokens: list[list[int]]) -> np.ndarray:
         lens = np.array([len(row) for row in tokens])
         decode = (lens == 1).all()  # the decode bucket wants every row: its token r is row r
         fits = lambda T, longest: lens.sum() <= T and lens.max() <= longest
@@ -50,8 +58,8 @@ class Rows:
         run = Run(flat.astype(np.int32), cu.astype(np.int32), np.append(self.lens * (lens > 0), 0).astype(np.int32),
                   np.arange(self.R, dtype=np.int32), {g.name: self._table(g, lens) for g in self.graph.groups}, longest)
         last_S = np.zeros(self.R, np.int32)
-        self.state, logits_RV = _forward(self.graph, self.params, self.state, last_S, run)
-        return np.asarray(logits_RV)[: len(tokens)]
+        self.state, found = _compile(what, self.graph)(self.params, self.state, last_S, run)
+        return np.asarray(found)
 
     def _table(self, group, lens: np.ndarray) -> np.ndarray:
         first = np.zeros_like(self.lens) if group.window is None else self.lens - lens - group.window + 1
@@ -61,14 +69,14 @@ class Rows:
         return np.concatenate([table, np.full((1, self.P), JUNK)]).astype(np.int32)
 
 
-_compiled: dict[int, tuple[Graph, object]] = {}
+_compiled: dict[tuple[int, Callable], tuple[Graph, Callable]] = {}
 
 
-def _forward(graph: Graph, *args):
-    """`forward` of this graph, compiled once for each bucket."""
-    if id(graph) not in _compiled:
-        _compiled[id(graph)] = graph, jax.jit(partial(forward, graph), donate_argnums=1, compiler_options=QUICK)
-    return _compiled[id(graph)][1](*args)
+def _compile(what: Callable, graph: Graph) -> Callable:
+    """`forward` or `hidden` of this graph, compiled once for each bucket."""
+    if (id(graph), what) not in _compiled:
+        _compiled[id(graph), what] = graph, jax.jit(partial(what, graph), donate_argnums=1, compiler_options=QUICK)
+    return _compiled[id(graph), what][1]
 
 
 def read_whole(rows: Rows, prompts: list[list[int]]) -> np.ndarray:

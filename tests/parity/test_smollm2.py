@@ -2,9 +2,7 @@
 
 import pytest
 
-import jaxinfer as ji
-
-pytestmark = [pytest.mark.parity, pytest.mark.smollm2]
+pytestmark = [pytest.mark.parity, pytest.mark.smollm2, pytest.mark.xdist_group("smollm2")]
 torch = pytest.importorskip("torch")
 PROMPTS = [
     "The sky is blue because", "Once upon a time there was a", "The capital of France is", "def fibonacci(n):\n",
@@ -14,13 +12,11 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def continuations(smollm2_path):
+def continuations(smollm2_theirs, smollm2_path):
     """64 greedy tokens after each prompt, and the smallest gap between the two best logits, by transformers."""
     import transformers
 
-    torch.set_num_threads(2)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32)
+    model = smollm2_theirs
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     width = max(map(len, prompts))
@@ -37,11 +33,10 @@ def continuations(smollm2_path):
     return found
 
 
-def test_greedy_continuations_equal_those_of_transformers(continuations, smollm2_path):
-    with ji.load(smollm2_path, dtype="float32", max_context=256, max_rows=8) as lm:
-        assert [lm.tokenizer.encode(prompt) for prompt in PROMPTS] == [ids for ids, *_ in continuations]
-        assert min(gap for *_, gap in continuations) > 1e-4, "the two best logits are too close to tell an error"
-        together = lm.generate(PROMPTS, max_tokens=64)
-        for output, (_, tokens, _) in zip(together, continuations, strict=True):
-            assert list(output.tokens) == tokens
-        assert sum(len(output.tokens) for output in together) > 400
+def test_greedy_continuations_equal_those_of_transformers(continuations, smollm2_lm):
+    assert [smollm2_lm.tokenizer.encode(prompt) for prompt in PROMPTS] == [ids for ids, *_ in continuations]
+    assert min(gap for *_, gap in continuations) > 1e-4, "the two best logits are too close to tell an error"
+    together = smollm2_lm.generate(PROMPTS, max_tokens=64)
+    for output, (_, tokens, _) in zip(together, continuations, strict=True):
+        assert list(output.tokens) == tokens
+    assert sum(len(output.tokens) for output in together) > 400
