@@ -276,6 +276,8 @@ class AnyHistory(RuleBasedStateMachine):
         assert most is None or chunks <= max(1, most)
         assert plan.task == "draw" or (chunks == 1 and not plan.singles)
         assert {self.all[id].task for id in plan.ids[plan.singles:]} <= {plan.task}
+        for id, start in zip(plan.ids[:plan.singles], plan.starts, strict=False):
+            assert start >= self.all[id].prompt or self.all[id].task == "draw", "a prompt is not read for its own sake"
         assert plan.steps in (1, steps)
         if plan.steps > 1:
             assert not chunks and not self.scheduler.waiting and all(self.all[id].plain for id in plan.ids)
@@ -292,15 +294,16 @@ class AnyHistory(RuleBasedStateMachine):
                 assert end < sequence.total or end == sequence.most, "nothing is drawn where something should be"
 
     def _check_turns(self, plan: Plan | None, placed: list[Sequence]):
-        """Who could decode and keeps its pages does so in every step, or in every other if steps are of one kind; the
-        first who reads a prompt does so too, unless there are no pages for it beside older rows that decode."""
-        ids, scoring = set(plan.ids) if plan else set(), plan is not None and plan.task != "draw"
+        """Who could decode, or is the first to read a prompt, and keeps its pages, does so in every step, or in every
+        other if steps are of one kind."""
+        ids = set(plan.ids) if plan else set()
         placed = [s for s in placed if s.slot is not None and s.id in self.scheduler.sequences]
         reading = [s for s in placed if s in self.scheduler.reading or (plan and s.id in plan.ids[plan.singles:])]
         decoding = [s for s in placed if s not in reading and (s.id in ids or (s.unread == 1 and s.total < s.most))]
-        ready = [*decoding, *reading[:1]] if self.house.chunks == 0 else decoding
+        ready = [*decoding, *reading[:1]]
         self.waited = {s.id: self.waited.get(s.id, 0) + 1 if s.id not in ids else 0 for s in ready}
-        patience = 1 if self.house.chunks == 0 or scoring else 0
+        tasks = {s.task for s in reading} | {plan.task if plan else "draw"}
+        patience = 0 if self.house.chunks != 0 and tasks == {"draw"} else 1
         assert all(times <= patience for times in self.waited.values()), "waited for more than its turn"
         assert ids or not (decoding or reading), "nothing was planned, although a sequence could run"
 
@@ -388,12 +391,12 @@ class AnyHistory(RuleBasedStateMachine):
 
 
 class TestAnyHistory(AnyHistory.TestCase):
-    settings = settings(max_examples=10 * settings().max_examples, stateful_step_count=40)
+    settings = settings(max_examples=5 * settings().max_examples, stateful_step_count=40)
 
 
 @pytest.mark.long
 class TestMoreHistories(AnyHistory.TestCase):
-    settings = settings(stateful_step_count=100)
+    settings = settings(stateful_step_count=60)
 
 
 # Short histories.
@@ -593,6 +596,31 @@ def test_prompts_and_decode_rows_share_a_step_within_its_budget():
     assert first.ended == "length"
 
 
+def test_who_has_just_entered_may_have_to_leave_in_the_same_step():
+    scheduler = Scheduler([PageGroup("kv", 1, 8)], max_rows=4, chunk=4, chunks=1)
+    for id in range(3):
+        begin(scheduler, id, 1, max_tokens=4)
+    assert [plan.ids for plan in (one(scheduler), one(scheduler)) if plan] == [[0, 1, 2]] * 2
+    last = begin(scheduler, 3, 1, max_tokens=4)
+    plan = one(scheduler)
+    assert plan and plan.ids == [0, 1] and [began.sequence for began in plan.began] == [3] and last.slot is None
+    finish(scheduler)
+    assert last.ended == "length" and len(last.tokens) == 5
+
+
+@pytest.mark.parametrize("chunks", (0, 1, None))
+def test_a_prompt_takes_pages_from_younger_sequences_that_decode(chunks):
+    scheduler = Scheduler([PageGroup("kv", 4, 4)], max_rows=2, chunk=4, chunks=chunks)
+    old = begin(scheduler, 0, 13, max_tokens=1)
+    while old.read < 8:
+        one(scheduler)
+    young = begin(scheduler, 1, 1, max_tokens=12)
+    plans = [one(scheduler) for _ in range(4)]
+    assert old.ended == "length" and young.ended is None, plans
+    finish(scheduler)
+    assert young.ended == "length"
+
+
 @pytest.mark.parametrize(("chunks", "kinds"), [
     (0, [(0, [4]), (1, [1]), (0, [4])]), (1, [(1, [1, 4]), (1, [1, 4]), (2, [1, 1, 4])]),
     (2, [(1, [1, 4, 4]), (1, [1, 4, 4]), (3, [1, 1, 1])]),
@@ -632,12 +660,12 @@ def test_several_steps_do_not_take_pages_from_others_or_serve_who_wants_more_tha
 def test_a_prompt_that_is_read_for_its_own_sake_is_read_alone_and_to_its_end():
     scheduler = Scheduler(KV, max_rows=3, chunk=4, chunks=None)
     begin(scheduler, 0, 9, "a", max_tokens=9)
-    begin(scheduler, 1, 9, "a", task="score", max_tokens=0)
+    begin(scheduler, 1, 9, "a", task="score", max_tokens=2)
     begin(scheduler, 2, 9, "a", task="embed", max_tokens=0)
     plans = finish(scheduler)
     assert [(plan.task, plan.lens) for plan in plans if plan.task != "draw"] == [
         ("score", [4]), ("score", [4]), ("score", [1]), ("embed", [4]), ("embed", [4]), ("embed", [1])]
-    assert [s for s in scheduler.sequences] == [] and read(plans, 1) == [(0, 4), (4, 4), (8, 1)]
+    assert [s for s in scheduler.sequences] == [] and read(plans, 1) == [(0, 4), (4, 4), (8, 1), (9, 1)]
 
 
 def test_a_commit_says_how_everybody_ended():
