@@ -27,11 +27,11 @@ class Rule(NamedTuple):
 SAMPLING_RULES = {
     "max_tokens": Rule(int, lambda v: v >= 0, "an integer >= 0"),
     "min_tokens": Rule(int, lambda v: v >= 0, "an integer >= 0"),
-    "temperature": Rule(float, lambda v: v >= 0, "a finite number >= 0 (0 is greedy)"),
+    "temperature": Rule(float, lambda v: 0 <= v <= 1e6, "a finite number >= 0 (0 is greedy)"),
     "top_k": Rule(int, lambda v: 0 <= v < 2**31, "an integer >= 0 (0 is off)"),
     "top_p": Rule(float, lambda v: 0 < v <= 1, "a number in (0, 1] (1 is off)"),
     "min_p": Rule(float, lambda v: 0 <= v <= 1, "a number in [0, 1] (0 is off)"),
-    "repetition_penalty": Rule(float, lambda v: v > 0, "a finite number > 0 (1 is off)"),
+    "repetition_penalty": Rule(float, lambda v: 1e-6 <= v <= 1e6, "a number in [1e-6, 1e6] (1 is off)"),
     "presence_penalty": Rule(float, lambda v: -2 <= v <= 2, "a number in [-2, 2] (0 is off)"),
     "frequency_penalty": Rule(float, lambda v: -2 <= v <= 2, "a number in [-2, 2] (0 is off)"),
     "n": Rule(int, lambda v: 1 <= v <= MOST_SAMPLES, f"an integer from 1 to {MOST_SAMPLES}"),
@@ -164,7 +164,7 @@ class Sampling:
         try:
             if isinstance(schema, str):
                 schema = json.loads(schema)
-            right = schema is None or (isinstance(schema, Mapping | bool) and json.dumps(schema) is not None)
+            right = schema is None or (isinstance(schema, Mapping) and json.dumps(schema) is not None)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"json_schema is no JSON: {error}") from error
         if not right:
@@ -258,7 +258,7 @@ class Sequence:
     node: Any = None  # the prefix tree's, for the first `indexed` tokens
     indexed: int = 0
     known: int = 0  # tokens that others may find in the prefix tree
-    reused: int = 0  # tokens that it found there when it was admitted last
+    reused: int = 0  # tokens of the prompt that it found there
     ended: FinishReason | None = None
     failures: int = 0
     plain: bool = field(init=False)  # draws and nothing else: several steps may go in one call

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 import jaxinfer as ji
 from jaxinfer import events
-from jaxinfer.compiler import Key
-from jaxinfer.compiler.buckets import decode, prompt
+from jaxinfer.compiler import buckets
 from jaxinfer.errors import Closed, InvalidOption, InvalidRequest, OutOfMemory, StepFailed, UnsupportedModel
 from jaxinfer.graph import Run, forward
 from jaxinfer.graphs import decoder
@@ -52,8 +51,8 @@ def pages_are_conserved(request):
 
 
 def all_free(lm):
-    scheduler = lm._engine.scheduler
-    return not scheduler.sequences and all(scheduler.tree.obtainable(name) == pool.size for name, pool in scheduler.tree.pools.items())
+    scheduler, tree = lm._engine.scheduler, lm._engine.scheduler.tree
+    return not scheduler.sequences and all(tree.obtainable(name) == pool.size for name, pool in tree.pools.items())
 
 
 def eventually(condition, seconds=10):
@@ -291,7 +290,7 @@ def test_after_warmup_nothing_compiles(lm):
 def test_a_missing_bucket_borrows_a_larger_one_and_says_why(tiny_path):
     with ji.load(tiny_path, max_context=256, max_rows=4) as lm:
         executables, seen = lm._engine.executables, []
-        executables.warmup([prompt(32), decode(4)])
+        executables.warmup([buckets.prompt(32), buckets.decode(4)])
         compiling = threading.Event()
         slow, executables._compile = executables._compile, lambda key: (compiling.wait(20), slow(key))[1]
         with events.observe(seen.append):
@@ -449,8 +448,9 @@ def test_an_observer_that_raises_harms_nobody(lm, capfd):
 def test_a_compile_that_failed_is_tried_again(tiny_path):
     with ji.load(tiny_path, max_context=256, max_rows=2) as lm:
         executables, real = lm._engine.executables, lm._engine.executables.lower
-        executables.warmup([prompt(32)])
-        for key in [key for key in executables._pending if key.shape == prompt(32)]:
+        bucket = executables.ladder.holding(buckets.prompt(32))[0]
+        executables.warmup([bucket])
+        for key in [key for key in executables._pending if key.shape == bucket]:
             del executables._pending[key], executables._ready[key]
         executables.lower = lambda key: 1 / 0
         with pytest.raises(StepFailed, match="division by zero"):
@@ -470,7 +470,7 @@ def test_a_model_that_is_dropped_is_closed(tiny_path):
 
 def test_a_request_that_needs_the_other_sampler_borrows_it_too(tiny_path):
     with ji.load(tiny_path, max_context=256, max_rows=4) as lm:
-        lm._engine.executables.warmup([prompt(32), decode(4)])
+        lm._engine.executables.warmup([buckets.prompt(32), buckets.decode(4)])
         lm.generate(["x", "y"], max_tokens=4, temperature=0.5, seed=1)
         assert lm.ledger["sample[R=4]"].hits > 0
 

@@ -15,11 +15,11 @@ number = lambda least, most: lambda v: type(v) in (int, float) and least <= v <=
 maybe = lambda right: lambda v: v is None or right(v)
 SENSE = {
     "max_tokens": whole(0),
-    "temperature": number(0, math.nextafter(math.inf, 0)),
+    "temperature": number(0, 1e6),
     "top_k": whole(0, 2**31 - 1),
     "top_p": number(math.nextafter(0, 1), 1),
     "min_p": number(0, 1),
-    "repetition_penalty": number(math.nextafter(0, 1), math.nextafter(math.inf, 0)),
+    "repetition_penalty": number(1e-6, 1e6),
     "presence_penalty": number(-2, 2),
     "frequency_penalty": number(-2, 2),
     "n": whole(1, 1024),

@@ -35,7 +35,8 @@ def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
     size = dict(dtype=dtype, max_context=1024, max_rows=8, chunk=512, budget=16 << 30, why="HBM")
     groups = planning.page_groups(graph, **size)
     executables = Executables(
-        graph, default_ladder(8, 1024, chunks=1), params=planning.abstract_params(graph, dtype), max_rows=8, max_context=1024, device=v5e,
+        graph, default_ladder(8, 1024, chunks=1),
+        params=planning.abstract_params(graph, dtype), max_rows=8, max_context=1024, device=v5e,
         state=planning.abstract_state(graph, groups, dtype), table_width={g.name: 16 for g in groups},
     )
     decoding = Key("forward", decode(8))

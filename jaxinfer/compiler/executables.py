@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from jaxinfer import events, kernels
 from jaxinfer.compiler import cache
 from jaxinfer.compiler.buckets import Bucket, Ladder
 from jaxinfer.compiler.ledger import Ledger
+from jaxinfer.errors import InvalidRequest
 from jaxinfer.graph import Graph, Run, forward, hidden
 from jaxinfer.kernels import BIASES, Edits
 from jaxinfer.kernels.sampling import Draws
@@ -66,7 +67,7 @@ class Executables:
             _ = self.ledger[str(_forward(bucket))]
         self._ready: dict[Key, Callable] = {}
         self._pending: dict[Key, Future] = {}
-        self._functions: list[Callable] = []
+        self._functions: dict[Callable, None] = {}  # users', the latest last
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="jaxinfer-compile")
 
@@ -198,28 +199,38 @@ class Executables:
         """Whether a step of this shape can run without waiting for a compile."""
         return any(self._is_ready(b, then) for b in self.ladder.holding(shape))
 
+    def is_ready(self, key: Key) -> bool:
+        return key in self._ready
+
     def _is_ready(self, bucket: Bucket, then: Iterable[Key]) -> bool:
         return all(key in self._ready for key in self._needed(bucket, then))
 
     def _needed(self, bucket: Bucket, then: Iterable[Key]) -> list[Key]:
         return [_forward(bucket), *(key._replace(shape=bucket.rows) for key in then)]
 
-    def prepare_logits(self, function: Callable) -> list[Future]:
-        """Trace a user's logits function, and start compiling it for one row and for the most.
+    def prepare_logits(self, function: Callable, busy: Iterable[Callable | None] = ()) -> list[Future]:
+        """Trace a user's logits function, and start compiling it for one row and for the most. The programs of the
+        functions that were used the longest ago, and are not `busy`, are forgotten.
 
         Raises InvalidRequest where it does not make logits from logits.
         """
+        if not isinstance(function, Hashable):
+            raise InvalidRequest(f"logits is a {type(function).__name__} without a hash; wrap it in a function")
         with self._lock:
             known = function in self._functions
         if not known:
             kernels.check_logits_function(function, self.graph.vocab, self.max_context)
-            with self._lock:
-                self._functions.append(function)
-                forgotten = self._functions[:-MOST_FUNCTIONS]
-                del self._functions[:-MOST_FUNCTIONS]
-                for key in [key for key in self._pending if key.function in forgotten]:
-                    del self._pending[key]
-                    self._ready.pop(key, None)
+        with self._lock:
+            self._functions.pop(function, None)
+            self._functions[function] = None  # the latest
+            idle = [f for f in self._functions if f not in busy][: max(0, len(self._functions) - MOST_FUNCTIONS)]
+            for key in [key for key in self._pending if key.function in idle and key.function is not function]:
+                del self._pending[key]
+                self._ready.pop(key, None)
+                self.ledger.entries.pop(str(key), None)
+            for f in idle:
+                if f is not function:
+                    del self._functions[f]
         return self.prepare(*(Key("logits", rows, function) for rows in self._ends))
 
     def prepare_kinds(self, *kinds: str) -> list[Future]:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.kernels.sampling import Draws, sample
+from jaxinfer.request import MOST_BIASES
 
-BIASES = 512  # the most biases that a row may have
+BIASES = MOST_BIASES  # the most that a row may have
 
 
 class Edits(NamedTuple):
@@ -39,8 +40,9 @@ class Edits(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a user's logits function knows of its row: `tokens` int32[L], of which `length` int32 are real, the first
-    `prompt` int32 of them its prompt and the last `count` int32 drawn; and the request's `seed` uint32."""
+    """What a user's logits function knows of its row: `tokens` int32[L], of which `length` int32 are real (the others
+    are no tokens: `.at[]` drops them), the first `prompt` int32 of them its prompt and the last `count` int32 drawn;
+    and the request's `seed` uint32."""
 
     tokens: Any
     length: Any
@@ -53,7 +55,7 @@ LogitsFunction = Callable[[jax.Array, Context], jax.Array]  # logits_V, context 
 
 
 def begin_history(history_SL: jax.Array, slot: jax.Array, tokens_L: jax.Array) -> jax.Array:
-    """The histories, with a slot's replaced by a new row's prompt, padded to L with anything."""
+    """The histories, with a slot's replaced by a new row's prompt, padded to L with V, which is no token."""
     return history_SL.at[slot].set(tokens_L, mode="drop")
 
 
@@ -90,7 +92,8 @@ def sample_edited(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array, dr
                   history_SL: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`sample` after `edits`: `(last_S, history_SL, tokens_R)`. The token drawn is also remembered in the history of
     the row's slot, at `length`; a slot or a length past the end is dropped."""
-    last_S, tokens_R = sample(edit(logits_RV, slot_R, edits, history_SL), last_S, slot_R, draws)
+    edited_RV = jax.lax.optimization_barrier(edit(logits_RV, slot_R, edits, history_SL))  # `sample` as it is elsewhere
+    last_S, tokens_R = sample(edited_RV, last_S, slot_R, draws)
     history_SL = history_SL.at[slot_R, edits.length].set(jnp.maximum(tokens_R, 0), mode="drop")
     return last_S, history_SL, tokens_R
 
@@ -104,7 +107,8 @@ def edit_logits(fn: LogitsFunction, logits_RV: jax.Array, history_SL: jax.Array,
 
 
 def check_logits_function(fn: LogitsFunction, vocab: int, length: int) -> None:
-    """Trace `fn` for a vocabulary and a history of these sizes; `InvalidRequest` if it gives no float array [V]."""
+    """Trace `fn` for a vocabulary and a history of these sizes; `InvalidRequest` if it gives no float array [V], or
+    calls back to the host: what fails there would fail the step of everybody."""
     name = getattr(fn, "__qualname__", None) or repr(fn)
     ints = jax.ShapeDtypeStruct((1,), jnp.int32)
     context = Context(jax.ShapeDtypeStruct((1, length), jnp.int32), ints, ints, ints,
@@ -112,9 +116,12 @@ def check_logits_function(fn: LogitsFunction, vocab: int, length: int) -> None:
     wanted = (f"it must take (logits, context), a float32 array [{vocab}] and a Context, and return a float array "
               f"[{vocab}], in operations that JAX can trace")
     try:
-        found = jax.eval_shape(jax.vmap(fn), jax.ShapeDtypeStruct((1, vocab), jnp.float32), context)
+        logits_1V = jax.ShapeDtypeStruct((1, vocab), jnp.float32)
+        jaxpr, found = jax.make_jaxpr(jax.vmap(fn), return_shape=True)(logits_1V, context)
     except Exception as error:
         raise InvalidRequest(f"logits function {name} raised {type(error).__name__}: {error}; {wanted}") from error
+    if "callback" in str(jaxpr.jaxpr):
+        raise InvalidRequest(f"logits function {name} calls back to the host; {wanted}")
     if not isinstance(found, jax.ShapeDtypeStruct):
         raise InvalidRequest(f"logits function {name} returned a {type(found).__name__}, not one array; {wanted}")
     if found.shape != (1, vocab) or not jnp.issubdtype(found.dtype, jnp.floating):

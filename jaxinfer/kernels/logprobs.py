@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-TOP = 20  # as many as the OpenAI API gives
+from jaxinfer.request import MOST_LOGPROBS
+
+TOP = MOST_LOGPROBS  # as many as the OpenAI API gives
 _BLOCK = 128
 
 

@@ -16,7 +16,8 @@ class Answer(Future[Output]):
     """What becomes of a request. Safe to use from any thread.
 
     `result(timeout)` waits for the Output and `exception(timeout)` for what went wrong; `await answer` does in asyncio
-    what `result` does; `for piece in answer` and `async for piece in answer` take its pieces, once; `on_piece` is
+    what `result` does; `for piece in answer` and `async for piece in answer` take its pieces, once
+    (later ones see only the last); `on_piece` is
     called with each of them, in order, on the delivery thread, and must not block. `cancel()` ends the request at any
     moment, and so do cancelling a task that awaits it and leaving an `async for`.
     """
@@ -55,8 +56,8 @@ class Answer(Future[Output]):
 
     def fail(self, error: BaseException) -> None:
         """The delivery thread's: there will be no more pieces."""
-        self.set_exception(error)
         self._put(error)
+        self.set_exception(error)
 
     def _put(self, item: Piece | BaseException) -> None:
         self._pieces.put(item)
@@ -66,13 +67,21 @@ class Answer(Future[Output]):
             self._wake = lambda: None
             self.cancel()
 
+    def _take(self) -> Piece:
+        """The next piece, or the error. What comes last stays: whoever asks again does not wait for ever."""
+        item = self._pieces.get()
+        if isinstance(item, BaseException):
+            self._pieces.put(item)
+            raise item
+        if item.output is not None:
+            self._pieces.put(item)
+        return item
+
     def __iter__(self) -> Iterator[Piece]:
         while True:
-            item = self._pieces.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            if item.output is not None:
+            piece = self._take()
+            yield piece
+            if piece.output is not None:
                 return
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
@@ -82,11 +91,9 @@ class Answer(Future[Output]):
             while True:
                 more.clear()
                 while not self._pieces.empty():
-                    item = self._pieces.get()
-                    if isinstance(item, BaseException):
-                        raise item
-                    yield item
-                    if item.output is not None:
+                    piece = self._take()
+                    yield piece
+                    if piece.output is not None:
                         return
                 await more.wait()
         finally:

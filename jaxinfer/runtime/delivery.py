@@ -6,6 +6,7 @@ import heapq
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -96,11 +97,8 @@ class Delivery:
 
     # From any thread.
 
-    def expect(self, request: Request, sequences: list[Sequence], answer: Answer) -> Ticket:
-        """Open a ticket; call it before the sequences are submitted."""
-        asked, echo = request.prompt, ""
-        if request.sampling.echo:
-            echo = asked if isinstance(asked, str) else self._tokenizer.decode(asked)
+    def expect(self, request: Request, sequences: list[Sequence], answer: Answer, echo: str = "") -> Ticket:
+        """Open a ticket; call it before the sequences are submitted. The text of each begins with `echo`."""
         samples = [Sample(s, i, self._tokenizer.stream(), echo) for i, s in enumerate(sequences)]
         ticket = Ticket(request, samples, answer, time.perf_counter())
         self._post(partial(self._open, ticket))
@@ -133,20 +131,27 @@ class Delivery:
 
     def _loop(self) -> None:
         while True:
-            self._expire()
+            self._safely(self._expire)
             wait = self._deadlines[0][0] - time.perf_counter() if self._deadlines else None
             try:
-                action = self._inbox.get(timeout=None if wait is None else max(wait, 0))
+                action = self._inbox.get(timeout=None if wait is None else min(max(wait, 0), 3600))
             except queue.Empty:
                 continue
             if action is None:
                 break
-            action()
+            self._safely(action)
         with self._closing:
             self._closed = True
             while not self._inbox.empty():
                 if action := self._inbox.get():
-                    action()
+                    self._safely(action)
+
+    def _safely(self, action: Callable[[], None]) -> None:
+        """Whatever a done callback raises (sys.exit() included), the others are waiting."""
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
 
     def _open(self, ticket: Ticket) -> None:
         for sample in ticket.samples:
@@ -156,6 +161,9 @@ class Delivery:
             if seconds is not None:
                 entry = ticket.submitted + seconds, ticket.samples[0].sequence.id, weakref.ref(ticket), name
                 heapq.heappush(self._deadlines, entry)
+        if len(self._deadlines) > 2 * len(self._tickets) + 64:  # most are of requests that have long ended
+            self._deadlines = [entry for entry in self._deadlines if (t := entry[2]()) and self._is_open(t)]
+            heapq.heapify(self._deadlines)
 
     def _is_open(self, ticket: Ticket) -> bool:
         return any(sample.sequence.id in self._tickets for sample in ticket.samples)

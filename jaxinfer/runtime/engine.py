@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ class Engine:
         if self.waiting_tokens + tokens > self.max_waiting_tokens:
             share = (self.waiting_tokens + tokens - self.max_waiting_tokens) / max(self.waiting_tokens, 1)
             excess = max(excess, share * self.waiting)
-        pace = max(self._pace, time.perf_counter() - self._left)
+        pace = max(self._pace, time.perf_counter() - self._left, 0.01)
         return Rejected(
             f"the queue is full: {self.waiting} requests of {self.waiting_tokens} tokens wait, and max_waiting="
             f"{self.max_waiting}, max_waiting_tokens={self.max_waiting_tokens}; try again in {pace * excess:.1f} s",
@@ -207,7 +208,8 @@ class Engine:
                 flying = None
                 self._recover(plan, error)
         if flying:
-            jax.block_until_ready(flying.tokens)
+            with suppress(Exception):  # whoever it was for is told that the model has closed
+                jax.block_until_ready(flying.tokens)
 
     # One step.
 
@@ -218,9 +220,8 @@ class Engine:
         if not rows or s.waiting or s.reading or not s.running or self._step_seconds * STEPS > TOGETHER:
             return 1
         key = Key("steps" if s.drawing else "greedy_steps", Bucket(1, rows[0], rows[0], rows[0], STEPS))
-        if any(future.done() for future in self.executables.prepare(key)):
-            return STEPS
-        return 1
+        self.executables.prepare(key)
+        return STEPS if self.executables.is_ready(key) else 1
 
     def _then(self, plan: Plan) -> tuple[Key, ...]:
         """What follows `forward` in this step, for any number of rows."""
@@ -271,7 +272,9 @@ class Engine:
         else:
             score = find.get(Key("score", bucket), real, bucket.tokens)
             self.state, flight.logits_RV, flight.read = score(*first, self._targets(plan, bucket))
-        if not any(s.matcher is not None for s in self._drawing(plan).values()):
+        if not any(plan.draws):
+            flight.tokens = np.zeros(bucket.rows, np.int32)  # a chunk of a prompt: nothing follows it
+        elif not any(s.matcher is not None for s in self._drawing(plan).values()):
             self._sample(flight)
         return flight
 
@@ -306,7 +309,7 @@ class Engine:
             self.state = self.executables.get(Key("copy"))(self.state, sources, targets)
         for began in plan.began:
             if began.sampling.edits and began.sequence in self.scheduler.sequences:
-                tokens_L = np.zeros(self.executables.max_context, np.int32)
+                tokens_L = np.full(self.executables.max_context, self.executables.graph.vocab, np.int32)
                 tokens_L[: len(began.tokens)] = began.tokens
                 if self.history_SL is None:
                     shape = self.scheduler.max_rows, self.executables.max_context

@@ -23,7 +23,7 @@ from jaxinfer.errors import Closed, InvalidRequest, Rejected, RequestFailed
 from jaxinfer.frontend.constraint import compile_grammar
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Graph
-from jaxinfer.request import CONSTRAINTS, Output, Piece, Prompt, Request, Sampling, Score, Sequence
+from jaxinfer.request import CONSTRAINTS, REQUEST_OPTIONS, Output, Piece, Prompt, Request, Sampling, Score, Sequence
 from jaxinfer.runtime.answer import Answer, Stream
 from jaxinfer.runtime.delivery import Delivery, Ticket
 from jaxinfer.runtime.engine import Engine
@@ -61,7 +61,7 @@ class LanguageModel:
     A prompt is text or token ids, or a `Request`. Options of `Sampling` and of `Request` may be given by name and
     override both. All methods raise `InvalidRequest` before anything is queued, `Rejected` when the queue is full
     (`generate`, `score` and `embed` wait instead), `RequestFailed` or one of its kinds (`Expired`, `Closed`) when a
-    request ends otherwise than asked, and `Closed` after `close()`.
+    request ends otherwise than asked, what your own callback raised, and `Closed` after `close()`.
     """
 
     def __init__(self, graph: Graph, tokenizer: Tokenizer, engine: Engine, delivery: Delivery, *, config: Any,
@@ -123,6 +123,7 @@ class LanguageModel:
     def score(self, texts: Ask | Iterable[Ask], **options: Any) -> list[Score]:
         """How likely each text is to the model: log-probabilities of its tokens, and its perplexity."""
         how = Sampling(max_tokens=0, prompt_logprobs=0)
+        _only_request(options)
         outputs = self._all([self._ask(text, how, dict(options)) for text in _many(texts)])
         told = ((output.prompt_tokens, output.prompt_logprobs or ()) for output, _ in outputs)
         return [Score(tokens, tuple(told.logprob for told in logprobs[1:] if told)) for tokens, logprobs in told]
@@ -137,6 +138,7 @@ class LanguageModel:
         if pooling not in ("mean", "last"):
             raise InvalidRequest(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
         how = Sampling(max_tokens=0)
+        _only_request(options)
         outputs = self._all([self._ask(text, how, dict(options), task="embed") for text in _many(texts)])
         vectors = []
         for output, ticket in outputs:
@@ -250,7 +252,8 @@ class LanguageModel:
         if sampling.constrained:
             how = {name: getattr(sampling, name) for name in CONSTRAINTS}
             grammar = compile_grammar(self.tokenizer, **how, eos=self._eos, vocab=self.graph.vocab)
-        stops = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else self._eos)
+        eos = frozenset(token for token in self._eos if token < self.graph.vocab)
+        stops = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else eos)
         first = next(self._ids)
         namespace = "model" if request.reuse else first if sampling.n > 1 else None
         order = request.priority * AGEING + time.monotonic()
@@ -268,6 +271,9 @@ class LanguageModel:
                 wait: bool = False) -> tuple[Answer, Ticket]:
         request, sequences = asked
         self._check_open()
+        asked_for, echo = request.prompt, ""
+        if request.sampling.echo:
+            echo = asked_for if isinstance(asked_for, str) else self.tokenizer.decode(sequences[0].tokens)
         compiling = self._prepare(sequences[0])
         try:
             self._engine.admit(sequences, wait)
@@ -276,7 +282,7 @@ class LanguageModel:
             raise
         delivery, engine = self._delivery, self._engine
         answer = Answer(lambda: delivery.abandon(ticket), on_piece)
-        ticket = delivery.expect(request, sequences, answer)
+        ticket = delivery.expect(request, sequences, answer, echo)
         _when_done(compiling, partial(_enter, engine, delivery, sequences))
         return answer, ticket
 
@@ -285,7 +291,8 @@ class LanguageModel:
         sampling, executables = sequence.sampling, self._engine.executables
         futures = []
         if sampling.logits is not None:
-            futures += executables.prepare_logits(sampling.logits)
+            busy = {s.sampling.logits for s in tuple(self._engine.scheduler.sequences.values())}
+            futures += executables.prepare_logits(sampling.logits, busy)
         if sampling.edits:
             futures += executables.prepare_kinds("history", "edited")
         if sampling.logprobs is not None:
@@ -303,6 +310,12 @@ class LanguageModel:
         finally:
             for answer, _ in answers:
                 answer.cancel()
+
+
+def _only_request(options: dict[str, Any]) -> None:
+    wrong = sorted(set(options) - set(REQUEST_OPTIONS))
+    if wrong:
+        raise InvalidRequest(f"unknown options {wrong}; nothing is drawn here, and known are {list(REQUEST_OPTIONS)}")
 
 
 def _many(prompts: Any) -> list[Any]:

@@ -103,7 +103,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         tokenizer = _tokenizer(checkpoint)
         params = load_params(model, checkpoint.tensors, dtype=number, source=checkpoint.source,
                              put=partial(jax.device_put, device=place))
-        executables.prepare(Key("forward", then), Key("greedy", then.rows))  # while the first prompt runs
+        executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))  # while the first prompt runs
         eos = _eos(checkpoint, tokenizer)
         make_state = partial(planning.empty_state, model, groups, number, place)
         delivery = Delivery(tokenizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from jaxinfer.compiler.buckets import Bucket
@@ -87,22 +89,24 @@ class Packer:
         if sequence.matcher is not None:
             sequence.matcher.mask(mask_W)
         if s.allowed_tokens is not None:
-            mask_W &= self._bits(s.allowed_tokens)
+            mask_W &= _bits(s.allowed_tokens, self.vocab)
         if count < s.min_tokens:
-            longer_W = mask_W & ~self._bits(tuple(sequence.stops))
+            longer_W = mask_W & ~_bits(sequence.stops, self.vocab)
             if longer_W.any():  # else a grammar has come to its end
                 mask_W[:] = longer_W
 
-    def _bits(self, tokens: tuple[int, ...]) -> np.ndarray:
-        """uint32[W] with the bits of these tokens set."""
-        bits_V = np.zeros(-(-self.vocab // 32) * 32, np.uint8)
-        bits_V[list(tokens)] = 1
-        return np.packbits(bits_V, bitorder="little").view(np.uint32)
+
+@lru_cache(256)
+def _bits(tokens: tuple[int, ...] | frozenset[int], vocab: int) -> np.ndarray:
+    """uint32[W] with the bits of these tokens set."""
+    bits_V = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits_V[list(tokens)] = 1
+    return np.packbits(bits_V, bitorder="little").view(np.uint32)
 
 
 def check(sampling: Sampling, vocab: int) -> str | None:
     """What in a Sampling a model of `vocab` tokens cannot have, or None."""
-    for name in ("allowed_tokens", "logit_bias"):
+    for name in ("allowed_tokens", "logit_bias", "stop_tokens"):
         wrong = [token for token in getattr(sampling, name) or () if token >= vocab]
         if wrong:
             return f"{name} has the token id {wrong[0]}; this model's are 0 to {vocab - 1}"

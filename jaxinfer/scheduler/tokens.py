@@ -201,16 +201,18 @@ class Scheduler:
         self.drawing += sequence.sampling.temperature > 0
         self.fancy += not sequence.plain
         plan.began.append(Began(sequence.id, slot, tuple(sequence.tokens), sequence.prompt, sequence.sampling))
-        sequence.node, sequence.indexed, sequence.known, sequence.reused = None, 0, 0, 0
+        sequence.node, sequence.indexed, sequence.known = None, 0, 0
         if match and match.length:
-            sequence.node, sequence.reused = match.node, match.length
+            sequence.node = match.node
             for name, held in match.pages.items():
                 sequence.pages[name] = held
                 plan.pages.extend((name, slot, i, page) for i, page in enumerate(held) if page is not None)
                 sequence.indexed = len(held) * self.tree.page_size
             self._copy(plan, sequence, match)
             sequence.read = sequence.known = match.length
-            self.reused += match.length
+            if len(sequence.tokens) == sequence.prompt:  # no resumption
+                sequence.reused = match.length
+                self.reused += match.length
         if _reads(sequence):
             insort(self.reading, sequence, key=BY_ORDER)
 
