@@ -89,7 +89,8 @@ def default_ladder(max_rows: int, max_context: int, chunks: int | None = 0) -> L
 
 
 def invariant_ladder(max_rows: int, max_context: int) -> Ladder:
-    """One bucket for every step: whatever shares it with a token, the token's own arithmetic stays the same."""
-    tokens = -(-max(max_rows, 16) // 16) * 16
+    """One bucket for every step: whatever shares it with a token, the token's own arithmetic stays the same. Beside a
+    full house of decode rows there is room for 16 tokens of a prompt at least."""
+    tokens = -(-max_rows // 16) * 16 + 16
     bucket = Bucket(tokens, max_rows, tokens)
     return Ladder((bucket,), min(tokens, max_context), (bucket,))
