@@ -468,10 +468,11 @@ def test_the_youngest_gives_its_pages_back_and_is_read_again():
 
 def test_what_was_preempted_is_read_again_only_as_far_as_its_pages_were_needed():
     scheduler = Scheduler([PageGroup("kv", 1, 12)], max_rows=2, chunk=4)
-    begin(scheduler, 0, 2, max_tokens=8)
+    begin(scheduler, 0, 2, max_tokens=6)
     begin(scheduler, 1, [7, 7], "a", max_tokens=8)
-    again = [start for start, count in read(finish(scheduler), 1) if count > 1]
-    assert scheduler.preempted == 1 and again[0] == 0 and again[1] > 0, again
+    plans = finish(scheduler)
+    again = next(plan for plan in plans[2:] for began in plan.began if began.sequence == 1)
+    assert scheduler.preempted == 1 and again.starts == [5], "of its answer too: one page of six was needed"
 
 
 def test_the_lowest_priority_is_preempted_and_the_highest_enters_first():
@@ -606,6 +607,14 @@ def test_who_has_just_entered_may_have_to_leave_in_the_same_step():
     assert plan and plan.ids == [0, 1] and [began.sequence for began in plan.began] == [3] and last.slot is None
     finish(scheduler)
     assert last.ended == "length" and len(last.tokens) == 5
+
+
+def test_no_row_of_a_step_loses_its_pages_to_a_prompt_in_the_same_step():
+    scheduler = Scheduler([PageGroup("kv", 1, 8)], max_rows=3, chunk=1, budget=20, chunks=None)
+    all = [begin(scheduler, id, prompt, max_tokens=3) for id, prompt in enumerate((5, 5, 1))]
+    assert [plan.ids for plan in (one(scheduler), one(scheduler), one(scheduler)) if plan] == [[2, 0, 1]] * 2 + [[2, 0]]
+    finish(scheduler)
+    assert {s.ended for s in all} == {"length"}
 
 
 @pytest.mark.parametrize("chunks", (0, 1, None))

@@ -401,8 +401,6 @@ class Scheduler:
                 self._end(sequence, "failed")
                 ended.append(sequence)
         for sequence in tuple(self.running):
-            sequence.indexed = sequence.known = sequence.read = 0  # nothing of it may be found any more
-            sequence.node = None
             self._leave(sequence)
             insort(self.waiting, sequence, key=BY_ORDER)
         for sequence in self.waiting:
