@@ -3,7 +3,8 @@
 All serve the same token ids with the same weights: greedily, each alone on all cores, one after the other. Every
 answer has the length that the trace says. transformers batches statically: a batch is formed of who has arrived when
 the last one is done, and runs until its longest answer is. llama.cpp batches continuously, in slots, as its server
-does. Both are tried with several numbers of rows, transformers in both dtypes, and each one's best is compared with.
+does. Both are tried with several numbers of rows, and each one's best is compared with. A probe first drops the dtype
+that is slower here, of jaxinfer's and of transformers' two: bfloat16 wins only where the CPU multiplies it natively.
 
 Saturated, requests arrive faster than any engine can serve them, so that throughput is what the machine gives. At the
 light load they arrive at half the rate that jaxinfer reached. A first token's latency counts from the request's
@@ -16,6 +17,7 @@ import argparse
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +39,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 REQUESTS, RATE, LIGHT = 64, 16.0, 0.5  # RATE a second saturates; LIGHT is a share of what jaxinfer then serves
-ROWS = {"llama.cpp": (8, 16, 32), "transformers float32": (16,), "transformers bfloat16": (8, 16, 32)}
+ROWS, PROBE = (8, 16, 32), 16  # rows of the peers (jaxinfer has its default); rows, tokens and requests of the probe
+DTYPES = ("float32", "bfloat16")
 ASKED = 3.0  # x transformers' best, in output tokens per second
 COLOURS = {"jaxinfer": "tab:blue", "llama.cpp": "tab:orange", "transformers": "tab:green"}
 Serve = Callable[[list[Request]], Served]
@@ -59,20 +62,21 @@ def ours(lm: jaxinfer.LanguageModel, trace: list[Request]) -> Served:
     def note(number: int, piece: jaxinfer.Piece) -> None:
         times[number] += [time.perf_counter() - start] * len(piece.tokens)
 
-    def computed() -> np.ndarray:
-        """Token positions that were real and that were padding, in all forward steps so far."""
-        forward = [entry for entry in lm.ledger if entry.name.startswith("forward")]
-        return np.array([sum(entry.tokens for entry in forward), sum(entry.padding for entry in forward)])
+    def computed() -> int:
+        """Token positions in all that ran the model so far; the ledger counts a call of N steps as one."""
+        steps = lambda entry: int((re.findall(r"N=(\d+)", entry.name) or [1])[0])
+        return sum((entry.tokens + entry.padding) * steps(entry) for entry in lm.ledger
+                   if entry.name.startswith(("forward[", "steps[", "greedy_steps[")))
 
     before, answers = computed(), []
     start = time.perf_counter()
     for number, request in enumerate(trace):
         time.sleep(max(0.0, request.at - (time.perf_counter() - start)))
         sampling = jaxinfer.Sampling(max_tokens=request.new, ignore_eos=True)
-        answers.append(lm.submit(request.prompt, sampling, on_piece=partial(note, number)))
+        answers.append(lm.submit(request.prompt, sampling, reuse=False, on_piece=partial(note, number)))
     tokens = [list(answer.result().tokens) for answer in answers]
-    real, padding = map(int, computed() - before)
-    return Served(times, tokens, real + padding, padding)
+    slots = computed() - before
+    return Served(times, tokens, slots, slots - sum(len(request.prompt) + request.new - 1 for request in trace))
 
 
 def family(engine: str) -> str:
@@ -92,7 +96,7 @@ def throughput(trace: list[Request], served: dict[str, Served], best: dict[str, 
     firsts = lambda result: np.array([tokens[0] for tokens in result.tokens])
     lines = [
         [engine, f"{rate:,.0f}", f"{rate * (new + read) / new:,.0f}", over(rate, "transformers", best_rates),
-         f">= {ASKED:g}" if engine == "jaxinfer" else "", over(rate, "llama.cpp", best_rates),
+         f">= {ASKED:g}" if family(engine) == "jaxinfer" else "", over(rate, "llama.cpp", best_rates),
          f"{served[engine].padding / served[engine].slots:.0%}",
          f"{np.mean(firsts(served[engine]) == firsts(judge)):.0%}"]
         for engine, rate in rates.items()
@@ -145,7 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="a name of the catalog or a .gguf file")
     parser.add_argument("--peers-python", type=Path, default=Path(".venv-peers/bin/python"))
-    parser.add_argument("--quick", action="store_true", help="only see that it runs: eight requests, short answers")
+    parser.add_argument("--quick", action="store_true", help="only see that it runs: eight short requests")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows to try the peers with")
     options = parser.parse_args()
     if not options.peers_python.exists():
         parser.error(f"{options.peers_python} is not here; `make bench` sets it up, --peers-python names another")
@@ -153,19 +158,32 @@ def main() -> None:
 
     # OpenMP's barriers crawl while others use the cores, as they may in a --quick run.
     peers = Servers(options.peers_python, model, 1 if options.quick else cores())
-    lm = jaxinfer.load(model)
-    lm.warmup()
+    lms = {f"jaxinfer {dtype}": jaxinfer.load(model, dtype=dtype) for dtype in DTYPES}
+    for lm in lms.values():
+        lm.warmup()
     text = lm.tokenizer.encode((BENCH.parent / "LICENSE").read_text())
-    warm, first, second = (mixed(text, 8 if options.quick else REQUESTS, cut=cut) for cut in range(3))
+    warm, probe, first, second = (mixed(text, 8 if options.quick else REQUESTS, cut=cut) for cut in range(4))
     if options.quick:
-        first, second = ([replace(r, new=r.new // 8) for r in trace] for trace in (first, second))
-    engines: dict[str, Serve] = {"jaxinfer": partial(ours, lm)}
-    for peer in peers.names:
-        for rows in ROWS[peer]:
-            engines[f"{peer}, {rows} rows"] = partial(peers.serve, peer, rows)
-    brief = [replace(request, at=0.0, new=4) for request in warm[:16]]
+        short = lambda request: replace(request, prompt=request.prompt[:32], new=request.new // 8)
+        warm, probe, first, second = (list(map(short, trace)) for trace in (warm, probe, first, second))
+    warm, probe = ([replace(r, at=0.0, new=PROBE) for r in trace[:PROBE]] for trace in (warm, probe))
+
+    names = [*lms, *peers.names]
+    probed: dict[str, float] = {}
+    for name in names:
+        serve = partial(ours, lms[name]) if name in lms else partial(peers.serve, name, PROBE)
+        serve(warm)
+        probed[name] = serve(probe).seconds
+    engines: dict[str, Serve] = {}
+    for name in names:
+        if probed[name] > min(probed[other] for other in names if family(other) == family(name)):
+            continue
+        if name in lms:
+            engines[name] = partial(ours, lms[name])
+        else:
+            engines |= {f"{name}, {rows} rows": partial(peers.serve, name, rows) for rows in options.rows}
     for serve in engines.values():
-        serve(brief)
+        serve(warm)
 
     full = arriving(first, RATE)
     saturated = {engine: serve(full).check(full) for engine, serve in engines.items()}
@@ -173,13 +191,14 @@ def main() -> None:
     for engine in sorted(engines, key=lambda engine: saturated[engine].seconds):
         best.setdefault(family(engine), engine)
     best = dict(sorted(best.items()))
-    rate = LIGHT * len(full) / saturated["jaxinfer"].seconds
+    rate = LIGHT * len(full) / saturated[best["jaxinfer"]].seconds
     half = arriving(second, rate)
     light = {engine: engines[engine](half).check(half) for engine in best.values()}
     peers.close()
-    lm.close()
+    for lm in lms.values():
+        lm.close()
 
-    judges = [engine for engine in engines if engine.startswith("transformers float32")] or ["jaxinfer"]
+    judge = best.get("transformers", best["jaxinfer"])
     loads = {"saturated": (full, {engine: saturated[engine] for engine in best.values()}), "light": (half, light)}
     picture = BENCH / "results" / "continuous.png"
     draw(loads, io.BytesIO() if options.quick else picture)
@@ -188,14 +207,16 @@ def main() -> None:
             f"answers of {min(answers)} to {max(answers)} (mean {np.mean(answers):.0f}). Saturated, {RATE:g} arrive in "
             f"a second; at the light load {rate:.2f}, half of what jaxinfer served. \"padding\" is the share of "
             "computed token positions that was for nobody: prompts' padding, spare rows, rows whose answer was "
-            f"complete. \"same first token\": as {judges[0]}.\n\n"
-            f"{throughput(full, saturated, best, saturated[judges[0]])}\n\n{latency(loads)}\n\n"
+            f"complete. \"same first token\": as {judge}. The probe: "
+            + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in probed.items()) + ".\n\n"
+            f"{throughput(full, saturated, best, saturated[judge])}\n\n{latency(loads)}\n\n"
             f"![tokens over time and latencies]({picture.relative_to(BENCH)})")
     kept = lambda trace, served: {engine: {"first": np.round(result.first(trace), 4).tolist(), "each": np.round(
         result.each(), 5).tolist(), "seconds": result.seconds, "slots": result.slots, "padding": result.padding}
         for engine, result in served.items()}
     publish("continuous", "A mixed trace of requests", body, {
         "versions": versions() | peers.versions, "model": model.name, "prompts": prompts, "answers": answers,
+        "probe_seconds": probed,
         "saturated": {"arrivals_per_second": RATE, "engines": kept(full, saturated)},
         "light": {"arrivals_per_second": rate, "engines": kept(half, light)},
     }, keep=not options.quick)

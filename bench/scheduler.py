@@ -41,13 +41,16 @@ class Instant:
     def __init__(self, ladder: Ladder):
         self.ladder, self.table_width, self.max_context = ladder, {"full": CONTEXT // 64}, CONTEXT
         self.graph = SimpleNamespace(vocab=VOCAB)
+        self.held = {}
         self.tokens = {b.rows: np.arange(b.rows, dtype=np.int32) + 100 for b in ladder.buckets}
 
     def ready(self, shape, *then):
         return True
 
     def bucket(self, shape, *then):
-        return self.ladder.holding(shape)[0]
+        if shape not in self.held:
+            self.held[shape] = self.ladder.holding(shape)[0]
+        return self.held[shape]
 
     def get(self, key, real=1, padded=1):
         if key.kind == "forward":

@@ -68,6 +68,7 @@ class Executables:
         self._ready: dict[Key, Callable] = {}
         self._pending: dict[Key, Future] = {}
         self._functions: dict[Callable, None] = {}  # users', the latest last
+        self._holding: dict[Bucket, list[Bucket]] = {}  # by the step's own shape
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="jaxinfer-compile")
 
@@ -180,7 +181,7 @@ class Executables:
         """The bucket that a step of this shape will run in: its own if that is ready, with what `then` follows on its
         logits; else the next larger one that is, while its own is compiled in the background; else its own, which
         `get` then waits for. The rows of `then` are those of the bucket."""
-        holding = self.ladder.holding(shape)
+        holding = self.holding(shape)
         own = holding[0]
         ran_on = next((b for b in holding if self._is_ready(b, then)), own)
         if self._is_ready(own, then):
@@ -197,7 +198,14 @@ class Executables:
 
     def ready(self, shape: Bucket, *then: Key) -> bool:
         """Whether a step of this shape can run without waiting for a compile."""
-        return any(self._is_ready(b, then) for b in self.ladder.holding(shape))
+        return any(self._is_ready(b, then) for b in self.holding(shape))
+
+    def holding(self, shape: Bucket) -> list[Bucket]:
+        """The buckets that a step of this shape can run in, the smallest first."""
+        found = self._holding.get(shape)
+        if found is None:
+            found = self._holding[shape] = self.ladder.holding(shape)
+        return found
 
     def is_ready(self, key: Key) -> bool:
         return key in self._ready

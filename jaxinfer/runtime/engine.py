@@ -249,7 +249,7 @@ class Engine:
         if plan.task != "draw":
             bucket = next(b for b in find.ladder.prompts if b.holds(shape))
         else:
-            bucket = find.bucket(shape, *then) if plan.steps == 1 else find.ladder.holding(shape)[0]
+            bucket = find.bucket(shape, *then) if plan.steps == 1 else find.holding(shape)[0]
         packed = self._pack(plan, bucket)
         self._keep_house(plan)
         if packed is None:

@@ -40,18 +40,19 @@ class Packer:
             self._begin(began)
         n, R = len(plan.ids), bucket.rows
         at_n, slot_n = np.arange(n), np.array(plan.slots, np.int32)
-        at_n[plan.singles:] += max(bucket.singles - plan.singles, 0)
         tokens_T, lens_R, kv_lens_R = (np.zeros(size, np.int32) for size in (bucket.tokens, R, R))
         slot_R, cu_q_lens = np.zeros(R, np.int32), np.zeros(R + 1, np.int32)
         remember_R = np.full(R, self.max_rows, np.int32)
         tokens_T[: len(plan.tokens)] = plan.tokens
-        lens_R[at_n] = plan.lens
-        kv_lens_R[at_n] = plan.starts
+        if n == plan.singles:  # all decode: nothing to be looked up
+            lens_R[:n], kv_lens_R[:n], slot_R[:n], remember_R[:n] = 1, plan.starts, slot_n, slot_n
+        else:
+            at_n[plan.singles:] += max(bucket.singles - plan.singles, 0)
+            lens_R[at_n], kv_lens_R[at_n], slot_R[at_n] = plan.lens, plan.starts, slot_n
+            remember_R[at_n] = np.where(plan.draws, slot_n, self.max_rows)
         kv_lens_R += lens_R
-        slot_R[at_n] = slot_n
-        remember_R[at_n] = slot_n if n == plan.singles else np.where(plan.draws, slot_n, self.max_rows)
         np.cumsum(lens_R, out=cu_q_lens[1:])
-        tables = {name: table[slot_R] for name, table in self.tables.items()}
+        tables = {name: table.take(slot_R, 0) for name, table in self.tables.items()}
         return Run(tokens_T, cu_q_lens, kv_lens_R, slot_R, tables, bucket.longest, bucket.singles), remember_R, at_n
 
     def _begin(self, began: Began) -> None:

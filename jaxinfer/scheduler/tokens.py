@@ -310,8 +310,7 @@ class Scheduler:
                 continue
             if s.slot is None:  # an older one took its pages just now
                 continue
-            opens = read % size == 0 or read % size + steps > size
-            if opens and not self._reserve(plan, s, steps, preempt=True):
+            if -read % size < steps and not self._reserve(plan, s, steps, preempt=True):
                 continue
             rows.append(s)
         plan.singles, plan.steps, plan.lens, plan.draws = len(rows), steps, [1] * len(rows), [True] * len(rows)
