@@ -8,6 +8,7 @@ dispatched later, which the device runs later.
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -39,7 +40,8 @@ class Plan:
     `draws[r]`: the step draws the row's `counts[r]`-th token from the logits of its last position. First come the
     `singles` rows that read one token each (decode), then the prompt chunks. Before the step, `copies` (group, from
     page, to page) are made and `pages` (group, slot, index, page) enter the tables; `began` are new in their slots.
-    A plan of several `steps` draws that many tokens for each of its rows. `task` is what its prompts are read for.
+    A plan of several `steps` draws that many tokens for each of its rows. The single rows in `turns` fill a page, or
+    draw their last token. `task` is what its prompts are read for.
     """
 
     number: int
@@ -56,6 +58,7 @@ class Plan:
     pages: list[tuple[str, int, int, int]] = field(default_factory=list)
     copies: list[tuple[str, int, int]] = field(default_factory=list)
     began: list[Began] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
 
     def only(self, rows: list[int]) -> Plan:
         """The same step with some of its rows; whoever was let in without being in a row stays."""
@@ -65,6 +68,7 @@ class Plan:
         out = set(self.ids) - set(ids)
         return replace(
             self, singles=sum(r < self.singles for r in rows), ids=ids, slots=pick(self.slots),
+            turns=[i for i, r in enumerate(rows) if r in self.turns],
             starts=pick(self.starts), lens=pick(self.lens), draws=pick(self.draws), counts=pick(self.counts),
             tokens=[token for r in rows for token in self.tokens[ends[r] - self.lens[r]: ends[r]]],
             began=[began for began in self.began if began.sequence not in out],
@@ -101,6 +105,7 @@ class Scheduler:
         self.slots = list(range(max_rows - 1, -1, -1))
         self.steps = self.preempted = self.read = self.reused = 0
         self.drawing = self.fancy = 0  # running sequences that draw at random, and that want more than to draw
+        self.stops: Counter[int] = Counter()  # tokens at which somebody stops
         self._last: Plan | None = None
         self._refused: tuple | None = None
 
@@ -115,6 +120,7 @@ class Scheduler:
 
     def submit(self, sequence: Sequence) -> None:
         self.sequences[sequence.id] = sequence
+        self.stops.update(sequence.stops)
         insort(self.waiting, sequence, key=BY_ORDER)
 
     def cancel(self, id: int, reason: FinishReason = "cancelled") -> Sequence | None:
@@ -303,22 +309,21 @@ class Scheduler:
     def _decode(self, plan: Plan, steps: int) -> None:
         """A row for everyone who has one token to read and wants another."""
         size = self.tree.page_size
-        rows: list[Sequence] = []
-        for s in tuple(self.running):
-            read = s.read
-            if s.total - read != 1 or s.total >= s.most or (read < s.prompt and s.task != "draw"):
-                continue
-            if s.slot is None:  # an older one took its pages just now
-                continue
-            if -read % size < steps and not self._reserve(plan, s, steps, preempt=True):
-                continue
-            rows.append(s)
+        rows = [s for s in self.running
+                if s.total - s.read == 1 and s.total < s.most and (s.read >= s.prompt or s.task == "draw")]
+        staying = len(self.running)
+        for s in [s for s in rows if -s.read % size < steps]:  # who opens a page
+            if s.slot is not None:  # else an older one took its pages just now
+                self._reserve(plan, s, steps, preempt=True)
+        if len(self.running) < staying:
+            rows = [s for s in rows if s.slot is not None]
         plan.singles, plan.steps, plan.lens, plan.draws = len(rows), steps, [1] * len(rows), [True] * len(rows)
         plan.ids = [s.id for s in rows]
         plan.slots = [s.slot for s in rows]  # type: ignore[misc]
         plan.starts = [s.read for s in rows]
         plan.counts = [s.total - s.prompt for s in rows]
         plan.tokens = [s.tokens[s.read] if s.read < len(s.tokens) else -1 for s in rows]
+        plan.turns = [r for r, s in enumerate(rows) if s.total + 1 >= s.most or -s.read % size == 1]
         for s in rows:
             s.read += steps
             s.total += steps
@@ -352,12 +357,16 @@ class Scheduler:
 
     # What became of it.
 
-    def commit(self, plan: Plan, tokens_NR: Iterable[Iterable[int]]) -> list[Drawn]:
+    def commit(self, plan: Plan, tokens_NR: Iterable[list[int]]) -> list[Drawn]:
         """Add the drawn tokens (of each step of the plan, one per row) to their sequences; the ended ones release
         their pages."""
         drawn: list[Drawn] = []
         sequences, size = self.sequences, self.tree.page_size
         for tokens_R in tokens_NR:
+            if plan.steps == 1 and plan.singles == len(plan.ids):
+                rows = list(map(sequences.get, plan.ids))
+                if None not in rows and min(tokens_R) >= 0 and self.stops.keys().isdisjoint(tokens_R):
+                    return self._commit_quietly(plan, rows, tokens_R)  # type: ignore[arg-type]
             for id, draws, token in zip(plan.ids, plan.draws, tokens_R, strict=True):
                 s = sequences.get(id)
                 if s is None:
@@ -384,6 +393,19 @@ class Scheduler:
                     self._end(s, reason)
                 drawn.append((s, token, reason))
         return drawn
+
+    def _commit_quietly(self, plan: Plan, rows: list[Sequence], tokens_R: list[int]) -> list[Drawn]:
+        """A decode step in which nobody stops: looked at are only those whose turn it is to end or to fill a page."""
+        for s, token in zip(rows, tokens_R, strict=True):
+            s.tokens.append(token)
+        reasons: list[FinishReason | None] = [None] * len(rows)
+        for r in plan.turns:
+            if len(rows[r].tokens) >= rows[r].most:
+                reasons[r] = "length"
+                self._end(rows[r], "length")
+            else:
+                self._index(rows[r], tail=False)
+        return list(zip(rows, tokens_R, reasons, strict=True))
 
     def rewind(self, failed: Plan | None = None) -> list[Sequence]:
         """The device's state is lost: every running sequence is read again from its committed tokens.
@@ -429,6 +451,7 @@ class Scheduler:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.ended = reason
         del self.sequences[sequence.id]
+        self.stops -= Counter(sequence.stops)
         if sequence.slot is None:
             self.waiting.remove(sequence)
             return
