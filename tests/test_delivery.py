@@ -232,7 +232,7 @@ def test_a_prompt_that_is_read_again_is_pooled_and_scored_once(lm):
             if key.kind != kind:
                 return None
             calls.append(key)
-            if len(calls) != 3:
+            if len(calls) != 2:
                 return None
 
             def broken(*_):
@@ -242,4 +242,5 @@ def test_a_prompt_that_is_read_again_is_pooled_and_scored_once(lm):
 
         with hooked(lm, fails_once):
             found = ask([tokens])
-        assert len(calls) > 4 and np.array_equal(found, wanted) if kind == "embed" else found == wanted
+        assert len(calls) > 2, "nothing failed"
+        assert np.array_equal(found, wanted) if kind == "embed" else found == wanted
