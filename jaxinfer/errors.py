@@ -47,8 +47,6 @@ class OutOfMemory(JaxinferError, MemoryError):
     """A plan that does not fit its memory budget; the message carries the numbers and what would fit."""
 
 
-
-
 class Rejected(JaxinferError, RuntimeError):
     """A full queue: `queue_length` requests wait, and `retry_after` seconds from now there may be room."""
 
@@ -73,3 +71,6 @@ class StepFailed(RequestFailed):
 
 class Closed(RequestFailed):
     """A model that was closed, or closed while this request was waiting or running."""
+
+    def __init__(self, message: str = "this model is closed; load it again to use it"):
+        super().__init__(message)

@@ -58,7 +58,7 @@ def emit(event: Event) -> None:
     for observer in _observers:
         try:
             observer(event)
-        except Exception:
+        except BaseException:  # sys.exit() as well
             traceback.print_exc()
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jaxinfer.graph import Run
-from jaxinfer.scheduler import PageGroup
 
 GROUP = "kv"  # the one state group of a random run
 SEEDS = st.integers(0, 2**32 - 1)
@@ -140,23 +139,3 @@ def edit_rules(draw, most_biases: int, context: int) -> EditRules:
         length=length,
         prompt=draw(st.integers(0, length)),
     )
-
-
-@dataclass(frozen=True)
-class House:
-    """What a scheduler is made of."""
-
-    groups: tuple[PageGroup, ...]
-    max_rows: int
-    chunk: int
-
-
-@st.composite
-def houses(draw) -> House:
-    """One or two state groups, with and without a window, and pools so small that most histories run out."""
-    windows = draw(st.sampled_from(((None,), (4,), (None, 5), (3, None), (1, 6))))
-    groups = (
-        PageGroup(f"group{i}", draw(st.integers(1, 4), label="page size"), draw(st.integers(3, 14), label="pages"), w)
-        for i, w in enumerate(windows)
-    )
-    return House(tuple(groups), draw(st.integers(1, 5), label="max_rows"), draw(st.integers(1, 8), label="chunk"))

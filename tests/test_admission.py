@@ -83,6 +83,36 @@ def test_more_prompts_than_the_queue_holds_wait_for_room(lm):
     assert len(lm.score(prompts)) == len(prompts)
 
 
+@pytest.mark.parametrize("name", ["timeout", "queue_timeout"])
+def test_waiting_for_room_is_waiting(lm, name):
+    with endings() as ended, blocked(lm):
+        answers = [lm.submit("x", max_tokens=1) for _ in range(WAITING)]
+        start = time.perf_counter()
+        with pytest.raises(Expired, match="no room in the queue"):
+            lm.generate("y", max_tokens=1, **{name: 0.2})
+        assert 0.15 < time.perf_counter() - start < 5
+        assert [e.reason for e in ended] == ["expired"]
+    assert all(answer.result(30) for answer in answers)
+
+
+def test_who_waits_for_room_gets_it_in_order_and_nobody_slips_past(lm):
+    """Else small requests could keep a large one out for ever."""
+    done = []
+    ask = lambda prompt: done.append(lm.generate([prompt], max_tokens=1)[0].prompt_tokens)
+    with blocked(lm):
+        answers = [lm.submit([7] * 30, max_tokens=1) for _ in range(2)]
+        large, small = (threading.Thread(target=ask, args=(p,)) for p in ([8] * 90, [9]))
+        large.start()
+        assert eventually(lambda: len(lm._engine._line) == 1)
+        small.start()
+        assert eventually(lambda: len(lm._engine._line) == 2), "the small one went past the large one"
+        with pytest.raises(Rejected):
+            lm.submit([9], max_tokens=1)
+    for thread in (large, small):
+        thread.join(60)
+    assert sorted(map(len, done)) == [1, 90] and all(answer.result(30) for answer in answers)
+
+
 def test_waiting_for_room_ends_when_the_model_is_closed(tiny_path):
     lm = ji.load(tiny_path, max_context=256, max_rows=ROWS, max_waiting=1, batch_invariant=True)
     with held(lm) as stopped:

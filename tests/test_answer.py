@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 import threading
 from concurrent.futures import CancelledError, wait
 from dataclasses import replace
@@ -254,3 +255,33 @@ def test_an_answer_ends_once_however_its_two_sides_race(acts):
         assert bool(seen and seen[-1].output) == (end == "last")
         if end == "last":
             assert len(seen) == pieces + 1 and answer.result(0) is OUTPUT
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_who_waits_for_several_answers_hears_of_a_cancelled_one(lm, fresh):
+    with blocked(lm):
+        answers = [lm.submit("x", **LONG), lm.submit("y", **LONG)]
+        if fresh:
+            answers[0].cancel()
+        found = threading.Thread(target=wait, args=(answers,), kwargs={"return_when": "FIRST_COMPLETED"}, daemon=True)
+        found.start()
+        answers[0].cancel()
+        found.join(30)
+        assert not found.is_alive()
+        answers[1].cancel()
+
+
+def test_a_done_callback_that_exits_harms_nobody_else(lm):
+    def leave(_):
+        sys.exit(3)
+
+    with blocked(lm):
+        answers = [lm.submit("Once", **ASK) for _ in range(4)]
+        answers[0].add_done_callback(leave)
+    assert same(*(replace(answer.result(30), reused=0) for answer in answers))
+
+
+def test_a_stream_keeps_its_model(tiny_path):
+    stream = ji.load(tiny_path, max_context=256, max_rows=4, batch_invariant=True).stream("x", **ASK)
+    gc.collect()
+    assert len(list(stream)) > 0

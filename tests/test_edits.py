@@ -258,6 +258,15 @@ def reads_a_value(logits_V, context):
     return logits_V if context.length > 3 else -logits_V
 
 
+def calls_back(logits_V, context):
+    return jax.pure_callback(lambda x: x, logits_V, logits_V, vmap_method="sequential")
+
+
+@jax.jit
+def callback_free(logits_V, context):
+    return logits_V * 2
+
+
 WRONG = {
     "another shape": (lambda logits_V, context: logits_V[1:], f"returned float32 [{V - 1}]"),
     "no vector": (lambda logits_V, context: logits_V.max(), "returned float32 []"),
@@ -268,6 +277,8 @@ WRONG = {
     "one argument": (lambda logits_V: logits_V, "raised TypeError"),
     "a value read in Python": (reads_a_value, "function reads_a_value raised TracerBoolConversionError"),
     "no function": (3, "logits function 3 raised TypeError"),
+    "a callback": (calls_back, "function calls_back calls back to the host"),
+    "a callback inside": (lambda logits_V, context: jax.jit(calls_back)(logits_V, context), "calls back to the host"),
 }
 
 
@@ -290,5 +301,6 @@ def test_a_good_function_passes_and_is_not_run():
 
     check_logits_function(good, V, L)
     check_logits_function(lift, V, L)
+    check_logits_function(lambda logits_V, context: callback_free(logits_V, context) + 1, V, L)
     int32, uint32 = jnp.dtype("int32"), jnp.dtype("uint32")
     assert seen == [((V,), jnp.dtype("float32"), Context(((L,), int32), *[((), int32)] * 3, ((), uint32)))]

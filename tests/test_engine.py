@@ -20,11 +20,21 @@ from hypothesis import strategies as st
 import jaxinfer as ji
 from jaxinfer import events
 from jaxinfer.compiler import buckets
-from jaxinfer.errors import Closed, InvalidOption, InvalidRequest, OutOfMemory, StepFailed, UnsupportedModel
+from jaxinfer.compiler.executables import MOST_FUNCTIONS
+from jaxinfer.errors import (
+    Closed,
+    InvalidOption,
+    InvalidRequest,
+    OutOfMemory,
+    RequestFailed,
+    StepFailed,
+    UnsupportedModel,
+)
 from jaxinfer.graph import Run, forward
 from jaxinfer.graphs import decoder
 from jaxinfer.kernels import init_pages, tracing
 from jaxinfer.runtime import memory as planning
+from tests.running import all_free, eventually
 
 PROMPTS = ["The sky is blue because", "Once upon a time", "x", "w1 w2 w3 w4 w5 w6 w7", "Привет, мир! 你好", "a" * 80]
 
@@ -48,18 +58,6 @@ def pages_are_conserved(request):
     for name in {"lm", "windowed"} & set(request.fixturenames):
         model = request.getfixturevalue(name)
         assert eventually(lambda model=model: all_free(model)), "pages leaked"
-
-
-def all_free(lm):
-    scheduler, tree = lm._engine.scheduler, lm._engine.scheduler.tree
-    return not scheduler.sequences and all(tree.obtainable(name) == pool.size for name, pool in tree.pools.items())
-
-
-def eventually(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 def plainly(lm, prompt, count):
@@ -216,6 +214,24 @@ def test_bad_requests_are_refused_before_they_are_queued(lm, prompt, options, me
             ask(prompt, **options)
     with pytest.raises(InvalidRequest, match=message):
         lm.generate(["fine", prompt], **options)
+
+
+def test_arrays_of_token_ids_are_prompts(lm):
+    ids, ask = [5, 6, 7], dict(max_tokens=4, ignore_eos=True)
+    expected = lm(ids, **ask).tokens
+    assert lm(np.array(ids), **ask).tokens == expected
+    for many in ([np.array(ids)] * 2, np.array([ids, ids]), (ids, ids)):
+        assert [o.tokens for o in lm.generate(many, **ask)] == [expected] * 2
+        assert len(lm.score(many)) == len(lm.embed(many)) == 2
+
+
+@pytest.mark.parametrize("verb", ["score", "embed"])
+def test_what_is_only_read_takes_no_sampling(lm, verb):
+    with pytest.raises(InvalidRequest, match="sampling"):
+        getattr(lm, verb)(ji.Request("x", ji.Sampling(temperature=1.0)))
+    with pytest.raises(InvalidRequest, match="temperature"):
+        getattr(lm, verb)("x", temperature=1.0)
+    assert len(getattr(lm, verb)(ji.Request("x", priority=3))) == 1
 
 
 def test_as_many_samplings_as_prompts(lm):
@@ -434,9 +450,10 @@ def test_ten_models_loaded_and_closed_leave_nothing_behind(tiny_path):
     assert sum(a.nbytes for a in jax.live_arrays()) <= arrays + 1000
 
 
-def test_an_observer_that_raises_harms_nobody(lm, capfd):
+@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit])
+def test_an_observer_that_raises_harms_nobody(lm, capfd, kind):
     def broken(event):
-        raise ZeroDivisionError("a watcher's own fault")
+        raise kind("a watcher's own fault")
 
     expected = lm("Once", max_tokens=5).tokens
     with events.observe(broken):
@@ -457,6 +474,93 @@ def test_a_compile_that_failed_is_tried_again(tiny_path):
             lm("Once", max_tokens=5)
         executables.lower = real
         assert len(lm("Once", max_tokens=5).tokens) == 5
+
+
+def test_a_compile_that_failed_for_a_request_is_tried_again_for_the_next(tiny_path):
+    with ji.load(tiny_path, max_context=256, max_rows=2, batch_invariant=True) as lm:
+        executables, real = lm._engine.executables, lm._engine.executables.lower
+        lm("x", max_tokens=2)
+        executables.lower = lambda key: 1 / 0
+        for ask in (dict(logprobs=1), dict(logit_bias={5: 1.0}), dict(prompt_logprobs=0)):
+            with pytest.raises(RequestFailed, match="could not be compiled: division by zero"):
+                lm("Once", max_tokens=3, **ask)
+        executables.lower = real
+        assert lm("Once", max_tokens=3, logprobs=1, logit_bias={5: 1.0}, prompt_logprobs=0).prompt_logprobs
+
+
+def test_users_functions_that_come_at_once_leave_no_more_programs_than_are_kept(tiny_path):
+    with ji.load(tiny_path, max_context=256, max_rows=2, batch_invariant=True) as lm:
+        answers = [lm.submit("x", max_tokens=2, logits=lambda logits_V, _, i=i: logits_V + i) for i in range(40)]
+        assert {len(answer.result(60).tokens) for answer in answers} == {2}
+        lm("x", max_tokens=2, logits=lambda logits_V, _: logits_V)
+        assert sum(key.kind == "logits" for key in lm._engine.executables._ready) <= MOST_FUNCTIONS
+
+
+def test_what_a_request_needs_is_compiled_before_it_is_admitted(tiny_path):
+    """In every bucket that a step of it can run in: its neighbours never wait for it."""
+    with ji.load(tiny_path, max_context=256, max_rows=4) as lm:
+        lm.generate(["a", "b", "c", "d"], max_tokens=12)
+        compiled = []
+        hear = lambda e: compiled.append((e.name, threading.current_thread().name)) \
+            if isinstance(e, events.Compiling | events.Missed) else None
+        with events.observe(hear):
+            lm.generate(["a", "b", "c", "d"], max_tokens=12, logprobs=1, logit_bias={5: 1.0},
+                        logits=lambda logits_V, _: logits_V)
+        assert {"logits", "edited", "logprobs"} <= {name.split("[")[0] for name, _ in compiled}
+        assert not [c for c in compiled if c[1] == "jaxinfer-engine"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_several_steps_in_one_call_are_seen_as_so_many_steps(lm, temperature, monkeypatch):
+    lm.warmup()
+    kind = "steps" if temperature else "greedy_steps"
+    how = [ji.Sampling(max_tokens=40 + i, temperature=temperature, seed=i, ignore_eos=True) for i in range(8)]
+    calls = lambda: sum(e.hits for e in lm.ledger if e.name.startswith(f"{kind}["))
+    together, asked = calls(), [[9 + i] * 9 for i in range(8)]
+    many = lm.generate(asked, how)
+    assert (together := calls() - together) >= 4, "no call drew several tokens: nothing was tested"
+    monkeypatch.setattr("jaxinfer.runtime.engine.TOGETHER", 0.0)
+    before = calls()
+    single = lm.generate(asked, how)
+    assert calls() == before
+    assert [(o.tokens, o.text, o.finish_reason) for o in many] == [(o.tokens, o.text, o.finish_reason) for o in single]
+
+
+def test_the_next_step_leaves_before_the_one_before_it_is_read_back(lm, monkeypatch):
+    monkeypatch.setattr("jaxinfer.runtime.engine.TOGETHER", 0.0)
+    lm.warmup()
+    engine, log = lm._engine, []
+    dispatch, commit = engine._dispatch, engine._commit
+    monkeypatch.setattr(engine, "_dispatch", lambda plan: (log.append(("out", plan.number)), dispatch(plan))[1])
+    monkeypatch.setattr(engine, "_commit", lambda flight: (log.append(("in", flight.plan.number)), commit(flight)))
+    lm.generate(PROMPTS, max_tokens=30, ignore_eos=True)
+    ahead = [n for kind, n in log if kind == "in" and ("out", n + 1) in log[: log.index(("in", n))]]
+    assert len(ahead) >= sum(kind == "in" for kind, _ in log) - 2, log
+
+
+def watch(owner, name, monkeypatch):
+    """What a method returns from now on."""
+    seen, method = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: (seen.append(method(*args)), seen[-1])[1])
+    return seen
+
+
+def test_a_prompt_is_read_beside_decode_rows_where_attention_can_mix(tiny_path, windowed_path, monkeypatch):
+    """As on a GPU or a TPU, whose attention says so."""
+    monkeypatch.setattr("jaxinfer.kernels.chunks", lambda platform: 1)
+    for path in (tiny_path, windowed_path):
+        with ji.load(path, max_context=512, max_rows=4, dtype="float32") as mixed:
+            plans = watch(mixed._engine.scheduler, "plan", monkeypatch)
+            outputs = mixed.generate([PROMPTS[0], [5] * 300, *PROMPTS[1:]], max_tokens=24, logprobs=0, ignore_eos=True)
+            assert any(plan and plan.singles and len(plan.ids) > plan.singles for plan in plans), "nothing was mixed"
+        monkeypatch.setattr("jaxinfer.kernels.chunks", lambda platform: 0)
+        with ji.load(path, max_context=512, max_rows=4, dtype="float32") as plain:
+            for output in outputs:
+                alone = plain(output.prompt_tokens, max_tokens=24, logprobs=0, ignore_eos=True)
+                ours, theirs = ([t.logprob for t in o.logprobs] for o in (output, alone))
+                assert output.tokens == alone.tokens
+                np.testing.assert_allclose(ours, theirs, atol=1e-3)
+        monkeypatch.setattr("jaxinfer.kernels.chunks", lambda platform: 1)
 
 
 def test_a_model_that_is_dropped_is_closed(tiny_path):

@@ -1,6 +1,7 @@
 """From a plan to arrays, and what is done to a row's logits before it draws, through the whole engine."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,31 @@ def test_every_row_finds_its_tokens_its_pages_and_its_slot(case):
     assert draws.count[rows].tolist() == plan.counts
     assert draws.seed[rows].tolist() == plan.slots == draws.top_k[rows].tolist()
     assert (draws.temperature[padding] == 0).all()
+
+
+@given(case=plans(), data=st.data())
+def test_a_step_of_the_same_rows_is_packed_as_if_it_were_the_first(case, data):
+    """One that shares its columns with the step before, whose arrays it may share, and a copy that shares nothing."""
+    plan, bucket = case
+    keeps, packer = Packer(6, {"all": 3}, VOCAB), Packer(6, {"all": 3}, VOCAB)
+    keeps.pack(plan, bucket)
+    packer.pack(plan, bucket)
+    n = len(plan.ids)
+    like = replace(plan, singles=n, lens=[1] * n, draws=[True] * n, tokens=[-1] * n, pages=[], began=[])
+    bucket = Bucket(1, n + data.draw(st.integers(0, 2)), n + data.draw(st.integers(0, 2)) + 2, n)
+    seen = []
+    for number in range(data.draw(st.integers(2, 5))):
+        fresh = data.draw(st.lists(st.sampled_from(plan.slots), max_size=2))
+        like = replace(like, number=number, starts=[start + 1 for start in like.starts],
+                       pages=[("all", slot, number % 3, 200 + number) for slot in fresh])
+        seen.append((keeps.pack(like, bucket), keeps.draws(like, np.arange(n), bucket.rows)))
+        apart = replace(like, slots=list(like.slots))
+        expected = packer.pack(apart, bucket), packer.draws(apart, np.arange(n), bucket.rows)
+        assert all(map(np.array_equal, jax.tree.leaves(seen[-1]), jax.tree.leaves(expected)))
+        if number:
+            assert seen[-1][0][0].slot_R is seen[0][0][0].slot_R, "nothing was shared: nothing was tested"
+    starts = [run.kv_lens_R[0] for (run, *_), _ in seen]
+    assert starts == list(range(starts[0], starts[0] + len(starts))), "an array was written to after its step left"
 
 
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40, unique=True)

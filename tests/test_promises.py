@@ -4,6 +4,7 @@ and nothing left behind. All in batch-invariant mode, where "the same" means eve
 import gc
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -144,6 +145,41 @@ def test_no_bit_depends_on_preemption(any_lm, alone):
     assert cut == bits(*(alone[i] for i in asked))
 
 
+def test_a_grammar_is_followed_through_preemption(lm):
+    """Its token may still be on the device when its pages are taken, and nobody else have a grammar."""
+    tree = lm._engine.scheduler.tree
+    lm("x", max_tokens=3, regex="[ab]{3}")  # compiled
+    taken = {name: [tree.take(name) for _ in range(pool.size - 4)] for name, pool in tree.pools.items()}
+    before = lm.stats.preempted
+    try:
+        old = lm.submit([(3 + 7 * i) % 320 for i in range(100)], max_tokens=150, ignore_eos=True)
+        young = lm.submit([5] * 40, max_tokens=120, regex="[ab]{90}")
+        text = young.result(60).text
+        old.result(60)
+    finally:
+        for name, pages in taken.items():
+            tree.release(name, pages)
+    assert lm.stats.preempted > before, "there was room for both: nothing was tested"
+    assert re.fullmatch("[ab]{90}", text)
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_an_answer_to_a_schema_is_valid_beside_others(lm, data):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = data.draw(st.fixed_dictionaries({}, optional={
+        "yes": st.just({"type": "boolean"}), "digit": st.just({"type": "integer", "minimum": 0, "maximum": 9}),
+        "kind": st.lists(st.sampled_from(("a", "bc", "def")), min_size=1, unique=True).map(lambda v: {"enum": v})}))
+    schema = {"type": "object", "properties": schema, "required": list(schema), "additionalProperties": False}
+    how_json = ji.Sampling(max_tokens=150, json_schema=schema, temperature=0.7, seed=data.draw(st.integers(0, 99)))
+    choices = tuple(data.draw(st.lists(st.sampled_from(("yes", "no", "perhaps")), min_size=1, unique=True)))
+    outputs = lm.generate([[7], [8], [9]], [how_json, ji.Sampling(choice=choices), how(1, 20)])
+    if outputs[0].finish_reason == "stop":
+        jsonschema.validate(json.loads(outputs[0].text), schema)
+    assert outputs[1].text in choices and outputs[1].finish_reason == "stop"
+    assert bits(outputs[2]) == bits(lm([9], how(1, 20)))
+
+
 def test_no_bit_depends_on_the_process(any_lm, alone, request, tiny_path, windowed_path):
     kind, dtype = request.node.callspec.params["any_lm"].split("-")
     script = f"""
@@ -273,7 +309,8 @@ def test_a_grammar_that_raises_fails_its_request_alone(lm, undisturbed, monkeypa
     fails_alone(lm, undisturbed, Chaos, "a grammar lost its way", regex="[ab]{18}")
 
 
-def test_nan_in_ones_own_pages_reaches_nobody_else(lm, undisturbed):
+@pytest.mark.parametrize("reuse", [False, True])
+def test_nan_in_ones_own_pages_reaches_nobody_else(lm, undisturbed, reuse):
     """Weights cannot make it, but a bad kernel or a flipped bit can."""
     engine, poisoned = lm._engine, []
 
@@ -286,8 +323,9 @@ def test_nan_in_ones_own_pages_reaches_nobody_else(lm, undisturbed):
                     engine.state[name] = jax.tree.map(hit, engine.state[name])
 
     with hooked(lm, lambda key: poison(key) if key.kind == "forward" else None):
-        fails_alone(lm, undisturbed, RequestFailed, "the logits are not numbers", reuse=False)
+        fails_alone(lm, undisturbed, RequestFailed, "the logits are not numbers", reuse=reuse)
     assert poisoned
+    assert lm(VICTIM, max_tokens=4).tokens, "who comes later finds the page with its junk"
     assert bits(lm(PROMPTS[0], how(0, 20), reuse=False)) == bits(undisturbed[0]), "a page came back with its junk"
 
 

@@ -77,14 +77,14 @@ def powers(most: int, *, least: int = 1, factor: int = 2) -> tuple[int, ...]:
 
 def default_ladder(max_rows: int, max_context: int, chunks: int | None = 0) -> Ladder:
     """Powers of two from 32 to 512 for prompts (of four, from 1,025 rows on) and for rows; then, as far as sixteen
-    buckets go, every other row count again for several steps in a call. Where attention can mix (`chunks` is not 0),
+    programs go, every other row count again for several steps in a call. Where attention can mix (`chunks` is not 0),
     a prompt chunk shares its step with up to `max_rows` decode rows."""
     chunk = min(512, max_context)
     sizes = powers(chunk, least=min(32, chunk), factor=2 if max_rows <= 1024 else 4)
     first = tuple(prompt(n) if chunks == 0 else mixed(max_rows, n) for n in sizes)
     rows = tuple(decode(n) for n in powers(max_rows))
     left = MOST_BUCKETS - len(first) - len(rows)
-    together = tuple(decode(b.rows, STEPS) for b in rows[::-2][:left])
+    together = tuple(decode(b.rows, STEPS) for b in rows[::-2][: left // 2])  # each greedy, and not
     return Ladder((*first, *rows, *together[::-1]), chunk, tuple(map(prompt, sizes)))
 
 

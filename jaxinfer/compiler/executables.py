@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from jaxinfer import events, kernels
 from jaxinfer.compiler import cache
 from jaxinfer.compiler.buckets import Bucket, Ladder
 from jaxinfer.compiler.ledger import Ledger
-from jaxinfer.errors import InvalidRequest
+from jaxinfer.errors import Closed, InvalidRequest
 from jaxinfer.graph import Graph, Run, forward, hidden
 from jaxinfer.kernels import BIASES, Edits
 from jaxinfer.kernels.sampling import Draws
@@ -63,12 +63,12 @@ class Executables:
         self.sharding = SingleDeviceSharding(device)
         self.params, self.state = jax.tree.map(self._like, (params, state))
         self.ledger = Ledger()
-        for bucket in ladder.buckets:
-            _ = self.ledger[str(_forward(bucket))]
+        for key in (key for bucket in ladder.buckets for key in _forwards(bucket)):
+            _ = self.ledger[str(key)]
         self._ready: dict[Key, Callable] = {}
         self._pending: dict[Key, Future] = {}
         self._functions: dict[Callable, None] = {}  # users', the latest last
-        self._holding: dict[Bucket, list[Bucket]] = {}  # by the step's own shape
+        self.holding = lru_cache(4096)(ladder.holding)  # in every step anew
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="jaxinfer-compile")
 
@@ -88,12 +88,10 @@ class Executables:
             first, donate = (self.params, self.state, last_S, run), "state"
             if kind == "forward":
                 return jax.jit(partial(forward, self.graph), donate_argnames=donate).lower(*first)
-            if kind == "greedy_steps":
+            if shape.steps > 1:
+                how = (self._draws(shape.rows),) if kind == "steps" else ()
                 return jax.jit(partial(_steps, self.graph, shape.steps), donate_argnames=donate).lower(
-                    *first, self._array(shape.rows))
-            if kind == "steps":
-                return jax.jit(partial(_steps, self.graph, shape.steps), donate_argnames=donate).lower(
-                    *first, self._array(shape.rows), self._draws(shape.rows))
+                    *first, self._array(shape.rows), *how)
             if kind == "score":
                 return jax.jit(partial(_score, self.graph), donate_argnames=donate).lower(
                     *first, self._array(shape.tokens))
@@ -146,7 +144,8 @@ class Executables:
         entry.kernels = dict(trace.chosen)
         entry.bytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
         with self._lock:
-            self._ready[key] = compiled
+            if key in self._pending:  # else it was forgotten meanwhile
+                self._ready[key] = compiled
         events.emit(events.Compiling(name, entry.seconds, entry.origin))
         return compiled
 
@@ -155,27 +154,22 @@ class Executables:
     def prepare(self, *keys: Key) -> list[Future]:
         """Start compiling what has not been started."""
         with self._lock:
-            return [self._pending.get(key) or self._pending.setdefault(key, self._pool.submit(self._compile, key))
-                    for key in keys]
+            for key in keys:
+                if key not in self._pending or _failed(self._pending[key]):  # then it is tried again
+                    try:
+                        self._pending[key] = self._pool.submit(self._compile, key)
+                    except RuntimeError as error:
+                        raise Closed() from error
+            return [self._pending[key] for key in keys]
 
     def get(self, key: Key, real: int = 1, padded: int = 1) -> Callable:
         """The program of `key`, waited for if need be, and counted as a hit: `real` of `padded` are no padding."""
-        found = self._ready.get(key) or self._wait(key, self.prepare(key)[0])
+        found = self._ready.get(key) or self.prepare(key)[0].result()
         entry = self.ledger[str(key)]
         entry.hits += 1
         entry.tokens += real
         entry.padding += padded - real
         return found
-
-    def _wait(self, key: Key, future: Future) -> Callable:
-        """A compile that failed is forgotten once it was reported, so that the next step tries again."""
-        try:
-            return future.result()
-        except BaseException:
-            with self._lock:
-                if future.done():
-                    self._pending.pop(key, None)
-            raise
 
     def bucket(self, shape: Bucket, *then: Key) -> Bucket:
         """The bucket that a step of this shape will run in: its own if that is ready, with what `then` follows on its
@@ -200,13 +194,6 @@ class Executables:
         """Whether a step of this shape can run without waiting for a compile."""
         return any(self._is_ready(b, then) for b in self.holding(shape))
 
-    def holding(self, shape: Bucket) -> list[Bucket]:
-        """The buckets that a step of this shape can run in, the smallest first."""
-        found = self._holding.get(shape)
-        if found is None:
-            found = self._holding[shape] = self.ladder.holding(shape)
-        return found
-
     def is_ready(self, key: Key) -> bool:
         return key in self._ready
 
@@ -217,7 +204,7 @@ class Executables:
         return [_forward(bucket), *(key._replace(shape=bucket.rows) for key in then)]
 
     def prepare_logits(self, function: Callable, busy: Iterable[Callable | None] = ()) -> list[Future]:
-        """Trace a user's logits function, and start compiling it for one row and for the most. The programs of the
+        """Trace a user's logits function, and start compiling it wherever `forward` is. The programs of the
         functions that were used the longest ago, and are not `busy`, are forgotten.
 
         Raises InvalidRequest where it does not make logits from logits.
@@ -231,19 +218,20 @@ class Executables:
         with self._lock:
             self._functions.pop(function, None)
             self._functions[function] = None  # the latest
-            idle = [f for f in self._functions if f not in busy][: max(0, len(self._functions) - MOST_FUNCTIONS)]
-            for key in [key for key in self._pending if key.function in idle and key.function is not function]:
+            compiling = {key.function for key, future in self._pending.items() if not future.done()}
+            idle = [f for f in self._functions if f is not function and f not in busy and f not in compiling]
+            for f in idle[: max(0, len(self._functions) - MOST_FUNCTIONS)]:
+                del self._functions[f]
+            kept = {None, *self._functions, *busy, *compiling}
+            for key in [key for key in self._pending if key.function not in kept]:
                 del self._pending[key]
                 self._ready.pop(key, None)
                 self.ledger.entries.pop(str(key), None)
-            for f in idle:
-                if f is not function:
-                    del self._functions[f]
-        return self.prepare(*(Key("logits", rows, function) for rows in self._ends))
+        return self.prepare(*(Key("logits", rows, function) for rows in self._rows))
 
     def prepare_kinds(self, *kinds: str) -> list[Future]:
-        """Start compiling what follows `forward`, for one row and for the most: between them any step can run."""
-        rows = self._ends
+        """Start compiling what follows `forward` wherever that is compiled."""
+        rows = self._rows
         return self.prepare(*(Key(kind, r) for kind in kinds for r in ([0] if kind == "history" else rows)))
 
     def prepare_prompt(self, task: str, tokens: int) -> list[Future]:
@@ -251,13 +239,16 @@ class Executables:
         chunk = self.ladder.chunk
         sizes = {min(tokens, chunk), tokens % chunk or chunk}
         fit = lambda n: next(b for b in self.ladder.prompts if b.tokens >= n)
-        return self.prepare(*(Key(task, bucket) for bucket in {fit(n) for n in sizes}))
+        buckets = {fit(n) for n in sizes}
+        draws = (Key(kind, bucket.rows) for bucket in buckets for kind in ("greedy", "sample"))  # the token after it
+        return self.prepare(*(Key(task, bucket) for bucket in buckets), *(draws if task == "score" else ()))
 
     @property
-    def _ends(self) -> tuple[int, ...]:
-        """The least and the most rows of a bucket."""
-        rows = {b.rows for b in self.ladder.buckets}
-        return tuple({min(rows), max(rows)})
+    def _rows(self) -> list[int]:
+        """The row counts of steps that can run, or soon will."""
+        with self._lock:
+            ready = {key.shape.rows for key in self._pending if key.kind == "forward"}  # type: ignore[union-attr]
+        return sorted(ready | {bucket.rows for bucket in self.ladder.prompts})
 
     def warmup(self, buckets: Iterable[Bucket] | None = None) -> None:
         """Compile everything (or what `buckets` need), so that no step compiles afterwards. Users' functions, and
@@ -265,10 +256,10 @@ class Executables:
         buckets = tuple(self.ladder.buckets if buckets is None else buckets)
         rows = sorted({b.rows for b in buckets if b.steps == 1})
         kinds = "greedy", "sample", "edited", "logprobs"
-        keys = [*map(_forward, buckets), *(Key("steps", b) for b in buckets if b.steps > 1),
+        keys = [*(key for bucket in buckets for key in _forwards(bucket)),
                 *(Key(kind, r) for r, kind in itertools.product(rows, kinds)), Key("copy"), Key("history")]
-        for key, future in zip(keys, self.prepare(*keys), strict=True):
-            self._wait(key, future)
+        for future in self.prepare(*keys):
+            future.result()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -278,7 +269,16 @@ class Executables:
 
 
 def _forward(bucket: Bucket) -> Key:
-    return Key("greedy_steps" if bucket.steps > 1 else "forward", bucket)
+    return _forwards(bucket)[0]
+
+
+def _forwards(bucket: Bucket) -> list[Key]:
+    """What runs the model in this bucket."""
+    return [Key(kind, bucket) for kind in (("greedy_steps", "steps") if bucket.steps > 1 else ("forward",))]
+
+
+def _failed(future: Future) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 def _steps(graph: Graph, steps: int, params, state, last_S, run: Run, slot_R, draws: Draws | None = None):

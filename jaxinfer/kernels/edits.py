@@ -120,10 +120,21 @@ def check_logits_function(fn: LogitsFunction, vocab: int, length: int) -> None:
         jaxpr, found = jax.make_jaxpr(jax.vmap(fn), return_shape=True)(logits_1V, context)
     except Exception as error:
         raise InvalidRequest(f"logits function {name} raised {type(error).__name__}: {error}; {wanted}") from error
-    if "callback" in str(jaxpr.jaxpr):
+    if _calls_back(jaxpr.jaxpr):
         raise InvalidRequest(f"logits function {name} calls back to the host; {wanted}")
     if not isinstance(found, jax.ShapeDtypeStruct):
         raise InvalidRequest(f"logits function {name} returned a {type(found).__name__}, not one array; {wanted}")
     if found.shape != (1, vocab) or not jnp.issubdtype(found.dtype, jnp.floating):
         shape = list(found.shape[1:])
         raise InvalidRequest(f"logits function {name} returned {found.dtype} {shape}; {wanted}")
+
+
+def _calls_back(jaxpr: Any) -> bool:
+    """Whether a jaxpr, or one inside it, calls back to the host."""
+    for equation in jaxpr.eqns:
+        if "callback" in equation.primitive.name:
+            return True
+        inner = (getattr(x, "jaxpr", x) for x in jax.tree.leaves(tuple(equation.params.values())))
+        if any(hasattr(x, "eqns") and _calls_back(x) for x in inner):
+            return True
+    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
@@ -16,10 +17,9 @@ class Answer(Future[Output]):
     """What becomes of a request. Safe to use from any thread.
 
     `result(timeout)` waits for the Output and `exception(timeout)` for what went wrong; `await answer` does in asyncio
-    what `result` does; `for piece in answer` and `async for piece in answer` take its pieces, once
-    (later ones see only the last); `on_piece` is
-    called with each of them, in order, on the delivery thread, and must not block. `cancel()` ends the request at any
-    moment, and so do cancelling a task that awaits it and leaving an `async for`.
+    what `result` does; `for piece in answer` and `async for piece in answer` take its pieces, once (later ones see only
+    the last); `on_piece` is called with each of them, in order, on the delivery thread, and must not block. `cancel()`
+    ends the request at any moment, and so do cancelling a task that awaits it and leaving an `async for`.
     """
 
     def __init__(self, abandon: Callable[[], None], on_piece: Callable[[Piece], object] | None = None):
@@ -27,21 +27,27 @@ class Answer(Future[Output]):
         self._abandon, self._on_piece = abandon, on_piece
         self._pieces: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
-        self._settled = False
+        self._settled = self._noticed = False
+        self._noticing = threading.Lock()
 
     def cancel(self) -> bool:
         """End the request. False if it had ended already."""
         if not super().cancel():
             return False
+        with self._noticing:
+            noticed, self._noticed = self._noticed, True
+        if not noticed:
+            self.set_running_or_notify_cancel()  # who waits for several futures at once hears of it by this
         self._abandon()
         self._put(CancelledError())
         return True
 
     def settle(self) -> bool:
         """The delivery thread's: the end is near, and it is too late to cancel. False if that has happened."""
-        if not self._settled and not self.cancelled():
-            self._settled = self.set_running_or_notify_cancel()
-        return self._settled
+        with self._noticing:
+            if not self._noticed and not self.cancelled():
+                self._noticed, self._settled = True, self.set_running_or_notify_cancel()
+            return self._settled
 
     def show(self, piece: Piece) -> None:
         """The delivery thread's: call back with a piece. Raises what the callback raises."""
@@ -105,10 +111,11 @@ class Answer(Future[Output]):
 
 
 class Stream(Iterator[Piece]):
-    """The pieces of an answer. Closing it, or dropping it, cancels the request."""
+    """The pieces of an answer. Closing it, or dropping it, cancels the request; it keeps `model` alive."""
 
-    def __init__(self, answer: Answer):
-        self._pieces, self._finalizer = iter(answer), weakref.finalize(self, answer.cancel)
+    def __init__(self, answer: Answer, model: Any):
+        self._model, self._pieces = model, iter(answer)
+        self._finalizer = weakref.finalize(self, answer.cancel)
 
     def __next__(self) -> Piece:
         return next(self._pieces)

@@ -97,10 +97,11 @@ class Delivery:
 
     # From any thread.
 
-    def expect(self, request: Request, sequences: list[Sequence], answer: Answer, echo: str = "") -> Ticket:
+    def expect(self, request: Request, sequences: list[Sequence], answer: Answer, submitted: float | None = None,
+               echo: str = "") -> Ticket:
         """Open a ticket; call it before the sequences are submitted. The text of each begins with `echo`."""
         samples = [Sample(s, i, self._tokenizer.stream(), echo) for i, s in enumerate(sequences)]
-        ticket = Ticket(request, samples, answer, time.perf_counter())
+        ticket = Ticket(request, samples, answer, time.perf_counter() if submitted is None else submitted)
         self._post(partial(self._open, ticket))
         return ticket
 
@@ -226,7 +227,10 @@ class Delivery:
         try:
             act(*found, *args)
         except BaseException as error:  # sys.exit() in a callback as well
-            self._fail(found[0], error)
+            if found[0].answer.done():  # a done callback's: its request has ended
+                traceback.print_exc()
+            else:
+                self._fail(found[0], error)
 
     def _read(self, ticket: Ticket, start: int, arrays: Any) -> None:
         prompt, most = ticket.prompt, ticket.request.sampling.prompt_logprobs

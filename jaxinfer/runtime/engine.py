@@ -17,7 +17,7 @@ import numpy as np
 from jaxinfer.compiler import Bucket, Executables, Key
 from jaxinfer.compiler.buckets import STEPS
 from jaxinfer.compiler.executables import COPIES
-from jaxinfer.errors import Closed, Rejected, RequestFailed, StepFailed
+from jaxinfer.errors import Closed, Expired, Rejected, RequestFailed, StepFailed
 from jaxinfer.graph import Run, State
 from jaxinfer.request import FinishReason, Sequence
 from jaxinfer.runtime.pack import Packer
@@ -32,7 +32,7 @@ class News(NamedTuple):
 
     at: float
     began: tuple[Sequence, ...] = ()
-    drawn: tuple[Drawn, ...] | list[Drawn] = ()
+    drawn: Iterable[Drawn] = ()  # to be gone through once
     logprobs: dict[int, Any] | None = None
     read: tuple[Sequence, int, Any] | None = None
 
@@ -46,6 +46,7 @@ class Flight:
     rows: np.ndarray  # the bucket's row of each row of the plan
     remember_R: np.ndarray
     then: tuple[Key, ...]
+    fancy: bool  # whether a row of it wanted more than to draw; by the time it is read back, that row may have left
     logits_RV: Any = None
     tokens: Any = None
     logprobs: Any = None
@@ -69,6 +70,7 @@ class Engine:
         self.waiting = self.waiting_tokens = 0  # submitted, and not yet begun to be read
         self.packer = Packer(scheduler.max_rows, executables.table_width, executables.graph.vocab)
         self._queued: dict[int, int] = {}  # the tokens of each that waits
+        self._line: deque[object] = deque()  # who waits for room to wait
         self._pace = 0.0  # seconds between two that leave the queue, on average
         self._left = 0.0  # when the last one left it, or the first one came
         self._step_seconds = 1.0  # of a decode step, on average
@@ -89,21 +91,30 @@ class Engine:
 
     # From any thread.
 
-    def admit(self, sequences: Iterable[Sequence], wait: bool = False) -> None:
-        """Make room in the queue for all of `sequences`, or raise Rejected; with `wait`, block until there is room.
-        An empty queue takes anything."""
+    def admit(self, sequences: Iterable[Sequence], wait: bool = False, patience: float | None = None) -> None:
+        """Make room in the queue for all of `sequences`, or raise Rejected; with `wait`, block until there is room,
+        for `patience` seconds at most (then it is Expired). Who came first gets the first room; an empty queue takes
+        anything."""
         sequences = tuple(sequences)
-        tokens = sum(s.prompt for s in sequences)
+        tokens, me = sum(s.prompt for s in sequences), object()
+        end = None if patience is None else time.perf_counter() + patience
+        fits = lambda: not self.waiting or (self.waiting + len(sequences) <= self.max_waiting
+                                            and self.waiting_tokens + tokens <= self.max_waiting_tokens)
         with self._wake:
-            while True:
-                self._check_open()
-                full = (self.waiting + len(sequences) > self.max_waiting
-                        or self.waiting_tokens + tokens > self.max_waiting_tokens)
-                if not (full and self.waiting):
-                    break
-                if not wait:
-                    raise self._rejected(len(sequences), tokens)
-                self._room.wait()
+            self._check_open()
+            if not wait and (self._line or not fits()):
+                raise self._rejected(len(sequences), tokens)
+            self._line.append(me)
+            try:
+                while self._line[0] is not me or not fits():
+                    left = None if end is None else end - time.perf_counter()
+                    if left is not None and left <= 0:
+                        raise Expired(f"the timeout of {patience:g} s is over: there was no room in the queue yet")
+                    self._room.wait(left)
+                    self._check_open()
+            finally:
+                self._line.remove(me)
+                self._room.notify_all()
             if not self.waiting:
                 self._left = time.perf_counter()  # nobody waited before: only from now on does time tell of the pace
             for sequence in sequences:
@@ -145,7 +156,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closing:
-            raise Closed("this model is closed; load it again to use it")
+            raise Closed()
 
     @property
     def closed(self) -> bool:
@@ -297,7 +308,7 @@ class Engine:
             run, remember_R, rows = self.packer.pack(plan, bucket)  # for who was let in without a row, if for nobody
             if not plan.ids:
                 return None
-        return plan, run, Flight(plan, rows, remember_R, ())
+        return plan, run, Flight(plan, rows, remember_R, (), self.scheduler.fancy > 0)
 
     def _keep_house(self, plan: Plan) -> None:
         """Before the step: copy pages that are forked, and write down the tokens of who wants them looked at."""
@@ -337,7 +348,7 @@ class Engine:
         """Draw from the step's logits: users' functions, then edits, then the draw, then its log-probabilities."""
         plan, logits_RV, drawing = flight.plan, flight.logits_RV, self._drawing(flight.plan)
         R, real = logits_RV.shape[0], len(plan.ids)
-        history_SL, flight.logits_RV = self.history_SL, None
+        history_SL, flight.logits_RV, counts = self.history_SL, None, plan.counts if drawing else []
         for key in flight.then:
             found = self.executables.get(key, real, R)
             if key.kind == "logits":
@@ -346,7 +357,7 @@ class Engine:
                 for r, s in drawing.items():
                     if s.sampling.logits is key.function:
                         at = flight.rows[r]
-                        chosen_R[at], length_R[at], prompt_R[at] = True, s.prompt + plan.counts[r], s.prompt
+                        chosen_R[at], length_R[at], prompt_R[at] = True, s.prompt + counts[r], s.prompt
                         seed_R[at], slot_R[at] = s.sampling.seed or 0, plan.slots[r]
                 edited_RV = found(logits_RV, history_SL, slot_R, chosen_R, length_R, prompt_R, seed_R)
                 flight.logits_RV, logits_RV = logits_RV if flight.logits_RV is None else flight.logits_RV, edited_RV
@@ -365,11 +376,11 @@ class Engine:
         flight.logits_RV = None
 
     def _edits(self, flight: Flight, drawing: dict[int, Sequence], R: int):
-        edits = self.packer.no_edits(R)
+        edits, counts = self.packer.no_edits(R), flight.plan.counts
         for r, sequence in drawing.items():
             if sequence.sampling.edits:
                 try:
-                    self.packer.edit(edits, flight.rows[r], sequence, flight.plan.counts[r])
+                    self.packer.edit(edits, flight.rows[r], sequence, counts[r])
                 except Exception as error:
                     self._fail(sequence, f"what may be drawn next could not be said: {error}", error)
         return edits
@@ -390,13 +401,19 @@ class Engine:
         read = None
         if flight.read is not None and (reader := self.scheduler.sequences.get(plan.ids[0])):
             read = (reader, plan.starts[0], jax.tree.map(np.asarray, flight.read))
-        fancy, drawn = self.scheduler.fancy, self.scheduler.commit(plan, tokens_NR)
-        for s, token, ended in drawn if fancy or min(map(min, tokens_NR)) < 0 else ():
+        drawn = self.scheduler.commit(plan, tokens_NR)
+        if flight.fancy or min(map(min, tokens_NR)) < 0:
+            drawn = self._look_at(list(drawn))
+        self.tell(News(now, (), drawn, told, read))
+
+    def _look_at(self, drawn: list[Drawn]) -> list[Drawn]:
+        """Fail who could not draw, and tell grammars what was drawn."""
+        for s, token, ended in drawn:
             if token is not None and token < 0:
                 self._fail(s, "no token could be drawn: the logits are not numbers, or every token is forbidden")
             elif s.matcher is not None and token is not None and not ended:
                 drawn = self._advance(s, token, drawn)
-        self.tell(News(now, (), drawn, told, read))
+        return drawn
 
     def _advance(self, sequence: Sequence, token: int, drawn: list[Drawn]) -> list[Drawn]:
         """Tell a grammar what was drawn; an answer to which nothing can be added has ended."""
@@ -444,4 +461,5 @@ class Engine:
 
 def _shape(plan: Plan) -> Bucket:
     """A step's own shape, unpadded."""
-    return Bucket(max(plan.lens), len(plan.ids), len(plan.tokens), plan.singles, plan.steps)
+    longest = 1 if plan.singles == len(plan.ids) else max(plan.lens)
+    return Bucket(longest, len(plan.ids), len(plan.tokens), plan.singles, plan.steps)

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxinfer import events
 from jaxinfer.compiler import Ledger
-from jaxinfer.errors import Closed, InvalidRequest, Rejected, RequestFailed
+from jaxinfer.errors import Closed, Expired, InvalidRequest, Rejected, RequestFailed
 from jaxinfer.frontend.constraint import compile_grammar
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Graph
@@ -83,11 +83,15 @@ class LanguageModel:
 
     def __call__(self, prompt: Ask, sampling: Sampling | None = None, **options: Any) -> Output:
         """The whole answer to one prompt."""
-        return _wait([self.submit(prompt, sampling, **options)])[0]
+        answer = self.submit(prompt, sampling, **options)
+        try:
+            return answer.result()
+        finally:
+            answer.cancel()  # if the wait was interrupted
 
     def stream(self, prompt: Ask, sampling: Sampling | None = None, **options: Any) -> Stream:
         """The answer piece by piece; the last piece carries the `Output`. Closing the iterator cancels the request."""
-        return Stream(self.submit(prompt, sampling, **options))
+        return Stream(self.submit(prompt, sampling, **options), self)
 
     def generate(self, prompts: Ask | Iterable[Ask], sampling: Sampling | SequenceOf[Sampling] | None = None,
                  **options: Any) -> list[Output]:
@@ -123,8 +127,7 @@ class LanguageModel:
     def score(self, texts: Ask | Iterable[Ask], **options: Any) -> list[Score]:
         """How likely each text is to the model: log-probabilities of its tokens, and its perplexity."""
         how = Sampling(max_tokens=0, prompt_logprobs=0)
-        _only_request(options)
-        outputs = self._all([self._ask(text, how, dict(options)) for text in _many(texts)])
+        outputs = self._all([self._ask(text, how, dict(options)) for text in _read_only(texts, options)])
         told = ((output.prompt_tokens, output.prompt_logprobs or ()) for output, _ in outputs)
         return [Score(tokens, tuple(told.logprob for told in logprobs[1:] if told)) for tokens, logprobs in told]
 
@@ -138,8 +141,8 @@ class LanguageModel:
         if pooling not in ("mean", "last"):
             raise InvalidRequest(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
         how = Sampling(max_tokens=0)
-        _only_request(options)
-        outputs = self._all([self._ask(text, how, dict(options), task="embed") for text in _many(texts)])
+        outputs = self._all([self._ask(text, how, dict(options), task="embed")
+                             for text in _read_only(texts, options)])
         vectors = []
         for output, ticket in outputs:
             assert ticket.pooled is not None
@@ -200,7 +203,7 @@ class LanguageModel:
 
     def _check_open(self) -> None:
         if self._engine.closed:
-            raise Closed("this model is closed; load it again to use it")
+            raise Closed()
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -274,15 +277,17 @@ class LanguageModel:
         asked_for, echo = request.prompt, ""
         if request.sampling.echo:
             echo = asked_for if isinstance(asked_for, str) else self.tokenizer.decode(sequences[0].tokens)
-        compiling = self._prepare(sequences[0])
+        submitted, compiling = time.perf_counter(), self._prepare(sequences[0])
+        patience = min((s for s in (request.queue_timeout, request.timeout) if s is not None), default=None)
         try:
-            self._engine.admit(sequences, wait)
-        except Rejected:
-            events.emit(events.RequestEnded(sequences[0].id, "rejected", sequences[0].prompt, 0))
+            self._engine.admit(sequences, wait, patience)
+        except (Rejected, Expired) as error:
+            reason = "expired" if isinstance(error, Expired) else "rejected"
+            events.emit(events.RequestEnded(sequences[0].id, reason, sequences[0].prompt, 0))
             raise
         delivery, engine = self._delivery, self._engine
         answer = Answer(lambda: delivery.abandon(ticket), on_piece)
-        ticket = delivery.expect(request, sequences, answer, echo)
+        ticket = delivery.expect(request, sequences, answer, submitted, echo)
         _when_done(compiling, partial(_enter, engine, delivery, sequences))
         return answer, ticket
 
@@ -312,25 +317,25 @@ class LanguageModel:
                 answer.cancel()
 
 
-def _only_request(options: dict[str, Any]) -> None:
-    wrong = sorted(set(options) - set(REQUEST_OPTIONS))
+def _read_only(texts: Any, options: dict[str, Any]) -> list[Any]:
+    """The texts, if nothing is asked for that has to do with drawing."""
+    many, wrong = _many(texts), sorted(set(options) - set(REQUEST_OPTIONS))
+    if any(isinstance(text, Request) and text.sampling != Sampling() for text in many):
+        wrong.append("sampling")
     if wrong:
         raise InvalidRequest(f"unknown options {wrong}; nothing is drawn here, and known are {list(REQUEST_OPTIONS)}")
+    return many
 
 
 def _many(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | Request):
         return [prompts]
     many = list(prompts)
-    return [many] if many and hasattr(many[0], "__index__") else many  # one prompt of token ids
-
-
-def _wait(answers: list[Answer]) -> list[Output]:
     try:
-        return [answer.result() for answer in answers]
-    finally:
-        for answer in answers:
-            answer.cancel()
+        operator.index(many[0])
+    except (IndexError, TypeError):
+        return many
+    return [many]  # one prompt of token ids
 
 
 def _when_done(futures: list[Future], act: Callable[[BaseException | None], None]) -> None:

@@ -30,6 +30,8 @@ class Packer:
         one = lambda value, dtype: np.full(max_rows, value, dtype)
         self.draws_S = Draws(one(0, np.float32), one(0, np.int32), one(1, np.float32), one(0, np.float32),
                              one(0, np.uint32), one(0, np.int32))
+        self._last: tuple[list[int], Bucket, Run, np.ndarray, np.ndarray] | None = None  # of a decode step
+        self._drew: tuple[list[int], Draws] | None = None
 
     def pack(self, plan: Plan, bucket: Bucket) -> tuple[Run, np.ndarray, np.ndarray]:
         """The Run of `plan` padded to `bucket`; the slots that remember a drawn token (`max_rows`, past the end, for
@@ -38,6 +40,11 @@ class Packer:
             self.tables[name][slot, index] = page
         for began in plan.began:
             self._begin(began)
+        if self._last and self._last[0] is plan.slots and self._last[1] == bucket and not plan.began:
+            _, _, run, remember_R, at_n = self._last
+            run = self._pack_on(plan, run)
+            self._last = plan.slots, bucket, run, remember_R, at_n
+            return run, remember_R, at_n
         n, R = len(plan.ids), bucket.rows
         at_n, slot_n = np.arange(n), np.array(plan.slots, np.int32)
         tokens_T, lens_R, kv_lens_R = (np.zeros(size, np.int32) for size in (bucket.tokens, R, R))
@@ -53,7 +60,20 @@ class Packer:
         kv_lens_R += lens_R
         np.cumsum(lens_R, out=cu_q_lens[1:])
         tables = {name: table.take(slot_R, 0) for name, table in self.tables.items()}
-        return Run(tokens_T, cu_q_lens, kv_lens_R, slot_R, tables, bucket.longest, bucket.singles), remember_R, at_n
+        run = Run(tokens_T, cu_q_lens, kv_lens_R, slot_R, tables, bucket.longest, bucket.singles)
+        if n == plan.singles:
+            self._last = plan.slots, bucket, run, remember_R, at_n
+        return run, remember_R, at_n
+
+    def _pack_on(self, plan: Plan, last: Run) -> Run:
+        """The rows of the step before, each one token further: what does not change is shared with it."""
+        n, tables = len(plan.ids), last.tables
+        tokens_T, kv_lens_R = np.zeros_like(last.tokens_T), last.kv_lens_R.copy()
+        tokens_T[:n], kv_lens_R[:n] = plan.tokens, plan.starts
+        kv_lens_R[:n] += 1
+        if plan.pages:
+            tables = {name: table.take(last.slot_R, 0) for name, table in self.tables.items()}
+        return Run(tokens_T, last.cu_q_lens, kv_lens_R, last.slot_R, tables, last.longest, last.singles)
 
     def _begin(self, began: Began) -> None:
         s = began.sampling
@@ -63,12 +83,15 @@ class Packer:
 
     def draws(self, plan: Plan, at_n: np.ndarray, R: int) -> Draws:
         """How each of `R` rows draws; padding is greedy."""
-        off = Draws(0, 0, 1, 0, 0, 0)
-        draws = Draws(*(np.full(R, value, array_S.dtype) for array_S, value in zip(self.draws_S, off, strict=True)))
-        for array_R, array_S in zip(draws, self.draws_S, strict=True):
-            array_R[at_n] = array_S[plan.slots]
-        draws.count[at_n] = plan.counts
-        return draws
+        if self._drew is None or self._drew[0] is not plan.slots or len(self._drew[1].count) != R:
+            off = Draws(0, 0, 1, 0, 0, 0)
+            draws = Draws(*(np.full(R, value, array_S.dtype) for array_S, value in zip(self.draws_S, off, strict=True)))
+            for array_R, array_S in zip(draws, self.draws_S, strict=True):
+                array_R[at_n] = array_S[plan.slots]
+            self._drew = plan.slots, draws
+        count_R = np.zeros(R, np.int32)
+        count_R[at_n] = plan.counts
+        return self._drew[1]._replace(count=count_R)
 
     def no_edits(self, R: int) -> Edits:
         """Edits for `R` rows that change nothing."""

@@ -197,6 +197,12 @@ class PrefixTree:
             self._touch(name, parent)
         return child
 
+    def forget(self, namespace: Hashable) -> None:
+        """Forget what is known of a namespace."""
+        root = self._top.below.get(namespace)
+        if root is not None:
+            self._forget(root)
+
     def clear(self) -> None:
         """Forget everything."""
         for root in tuple(self._top.below.values()):

@@ -11,8 +11,8 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from operator import attrgetter
+from itertools import accumulate, compress
+from operator import attrgetter, eq
 from typing import Literal, NamedTuple
 
 from jaxinfer.request import FinishReason, Sampling, Sequence
@@ -37,11 +37,13 @@ class Began(NamedTuple):
 class Plan:
     """A step, in columns: row r reads `lens[r]` of the flat `tokens` at positions `starts[r]`, `starts[r]` + 1, ...
 
-    `draws[r]`: the step draws the row's `counts[r]`-th token from the logits of its last position. First come the
-    `singles` rows that read one token each (decode), then the prompt chunks. Before the step, `copies` (group, from
-    page, to page) are made and `pages` (group, slot, index, page) enter the tables; `began` are new in their slots.
-    A plan of several `steps` draws that many tokens for each of its rows. The single rows in `turns` fill a page, or
-    draw their last token. `task` is what its prompts are read for.
+    `draws[r]`: the step draws the token after the row's last one; `prompts[r]` tokens of the row are its prompt. First
+    come the `singles` rows that read one token each (decode), then the prompt chunks. Before the step, `copies`
+    (group, from page, to page) are made and `pages` (group, slot, index, page) enter the tables; `began` are new in
+    their slots. A plan of several `steps` draws that many tokens for each of its rows. The single rows in `turns` fill
+    a page, or draw their last token. `task` is what its prompts are read for.
+
+    A decode step of the same rows as the one before has the same list objects in the columns that stay the same.
     """
 
     number: int
@@ -54,11 +56,16 @@ class Plan:
     lens: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     draws: list[bool] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
     pages: list[tuple[str, int, int, int]] = field(default_factory=list)
     copies: list[tuple[str, int, int]] = field(default_factory=list)
     began: list[Began] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many tokens each row's sequence has drawn before."""
+        return [start + n - prompt for start, n, prompt in zip(self.starts, self.lens, self.prompts, strict=True)]
 
     def only(self, rows: list[int]) -> Plan:
         """The same step with some of its rows; whoever was let in without being in a row stays."""
@@ -69,7 +76,7 @@ class Plan:
         return replace(
             self, singles=sum(r < self.singles for r in rows), ids=ids, slots=pick(self.slots),
             turns=[i for i, r in enumerate(rows) if r in self.turns],
-            starts=pick(self.starts), lens=pick(self.lens), draws=pick(self.draws), counts=pick(self.counts),
+            starts=pick(self.starts), lens=pick(self.lens), draws=pick(self.draws), prompts=pick(self.prompts),
             tokens=[token for r in rows for token in self.tokens[ends[r] - self.lens[r]: ends[r]]],
             began=[began for began in self.began if began.sequence not in out],
         )
@@ -107,6 +114,8 @@ class Scheduler:
         self.drawing = self.fancy = 0  # running sequences that draw at random, and that want more than to draw
         self.stops: Counter[int] = Counter()  # tokens at which somebody stops
         self._last: Plan | None = None
+        self._decoding: list[Sequence] | None = None  # the rows of the last plan, while nobody comes or goes
+        self._due: list[int] = []  # where in its sequence each of them has its next turn
         self._refused: tuple | None = None
 
     def fits(self, tokens: int) -> bool:
@@ -202,12 +211,15 @@ class Scheduler:
     def _place(self, plan: Plan, sequence: Sequence, match) -> None:
         """Give a sequence its slot, and the pages whose contents are known already."""
         slot = sequence.slot = self.slots.pop()
+        self._decoding = None
         sequence.pages = {group.name: [] for group in self.groups}
         insort(self.running, sequence, key=BY_ORDER)
         self.drawing += sequence.sampling.temperature > 0
         self.fancy += not sequence.plain
         plan.began.append(Began(sequence.id, slot, tuple(sequence.tokens), sequence.prompt, sequence.sampling))
         sequence.node, sequence.indexed, sequence.known = None, 0, 0
+        if len(sequence.tokens) > sequence.prompt:
+            sequence.task = "draw"  # what its prompt was to be read for was told with its first token
         if match and match.length:
             sequence.node = match.node
             for name, held in match.pages.items():
@@ -261,7 +273,7 @@ class Scheduler:
         plan.starts.append(start)
         plan.lens.append(count)
         plan.draws.append(draws)
-        plan.counts.append(end - sequence.prompt)
+        plan.prompts.append(sequence.prompt)
         sequence.read = end
         if not _reads(sequence):
             self.reading.remove(sequence)
@@ -308,25 +320,55 @@ class Scheduler:
 
     def _decode(self, plan: Plan, steps: int) -> None:
         """A row for everyone who has one token to read and wants another."""
-        size = self.tree.page_size
-        rows = [s for s in self.running
-                if s.total - s.read == 1 and s.total < s.most and (s.read >= s.prompt or s.task == "draw")]
+        size, rows = self.tree.page_size, self._decoding
+        turning = [rows[r] for r in self._last.turns] if rows and self._last else []
+        if steps == 1 and rows and all(s.total < s.most for s in turning):
+            opening = turning
+        else:
+            rows = [s for s in self.running
+                    if s.total - s.read == 1 and s.total < s.most and (s.read >= s.prompt or s.task == "draw")]
+            opening, self._decoding = [s for s in rows if -s.read % size < steps], None
         staying = len(self.running)
-        for s in [s for s in rows if -s.read % size < steps]:  # who opens a page
+        for s in opening:
             if s.slot is not None:  # else an older one took its pages just now
                 self._reserve(plan, s, steps, preempt=True)
         if len(self.running) < staying:
             rows = [s for s in rows if s.slot is not None]
+        if rows is self._decoding:
+            self._decode_on(plan, rows)
+        else:
+            self._decode_anew(plan, rows, steps)
+        for s in rows:
+            s.read += steps
+            s.total += steps
+
+    def _decode_anew(self, plan: Plan, rows: list[Sequence], steps: int) -> None:
+        size = self.tree.page_size
         plan.singles, plan.steps, plan.lens, plan.draws = len(rows), steps, [1] * len(rows), [True] * len(rows)
         plan.ids = [s.id for s in rows]
         plan.slots = [s.slot for s in rows]  # type: ignore[misc]
         plan.starts = [s.read for s in rows]
-        plan.counts = [s.total - s.prompt for s in rows]
+        plan.prompts = [s.prompt for s in rows]
         plan.tokens = [s.tokens[s.read] if s.read < len(s.tokens) else -1 for s in rows]
-        plan.turns = [r for r, s in enumerate(rows) if s.total + 1 >= s.most or -s.read % size == 1]
-        for s in rows:
-            s.read += steps
-            s.total += steps
+        due = [min(s.read + -(s.read + 1) % size, s.most - 2) for s in rows]
+        plan.turns = list(compress(range(len(rows)), map(eq, plan.starts, due)))
+        if steps == 1 and rows and not self.reading:
+            self._decoding, self._due = rows, due
+            self._next_turns(plan)
+
+    def _decode_on(self, plan: Plan, rows: list[Sequence]) -> None:
+        """The same rows as before, each one token further."""
+        last = self._last
+        assert last is not None
+        plan.singles, plan.ids, plan.slots, plan.prompts = last.singles, last.ids, last.slots, last.prompts
+        plan.lens, plan.draws, plan.tokens = last.lens, last.draws, [-1] * len(rows)
+        plan.starts = [start + 1 for start in last.starts]
+        plan.turns = list(compress(range(len(rows)), map(eq, plan.starts, self._due)))
+        self._next_turns(plan)
+
+    def _next_turns(self, plan: Plan) -> None:
+        for r in plan.turns:
+            self._due[r] = min(plan.starts[r] + self.tree.page_size, self._decoding[r].most - 2)  # type: ignore[index]
 
     def _reserve(self, plan: Plan, sequence: Sequence, count: int, preempt: bool) -> bool:
         """Give back the pages that no window shows any more, then make sure of pages for `count` more tokens, if need
@@ -357,14 +399,15 @@ class Scheduler:
 
     # What became of it.
 
-    def commit(self, plan: Plan, tokens_NR: Iterable[list[int]]) -> list[Drawn]:
+    def commit(self, plan: Plan, tokens_NR: Iterable[list[int]]) -> Iterable[Drawn]:
         """Add the drawn tokens (of each step of the plan, one per row) to their sequences; the ended ones release
-        their pages."""
+        their pages. What is returned can be gone through once."""
         drawn: list[Drawn] = []
         sequences, size = self.sequences, self.tree.page_size
         for tokens_R in tokens_NR:
             if plan.steps == 1 and plan.singles == len(plan.ids):
-                rows = list(map(sequences.get, plan.ids))
+                known = self._last is not None and plan.ids is self._last.ids
+                rows = self._decoding if known and self._decoding else list(map(sequences.get, plan.ids))
                 if None not in rows and min(tokens_R) >= 0 and self.stops.keys().isdisjoint(tokens_R):
                     return self._commit_quietly(plan, rows, tokens_R)  # type: ignore[arg-type]
             for id, draws, token in zip(plan.ids, plan.draws, tokens_R, strict=True):
@@ -394,7 +437,7 @@ class Scheduler:
                 drawn.append((s, token, reason))
         return drawn
 
-    def _commit_quietly(self, plan: Plan, rows: list[Sequence], tokens_R: list[int]) -> list[Drawn]:
+    def _commit_quietly(self, plan: Plan, rows: list[Sequence], tokens_R: list[int]) -> Iterable[Drawn]:
         """A decode step in which nobody stops: looked at are only those whose turn it is to end or to fill a page."""
         for s, token in zip(rows, tokens_R, strict=True):
             s.tokens.append(token)
@@ -405,7 +448,7 @@ class Scheduler:
                 self._end(rows[r], "length")
             else:
                 self._index(rows[r], tail=False)
-        return list(zip(rows, tokens_R, reasons, strict=True))
+        return zip(rows, tokens_R, reasons, strict=True)
 
     def rewind(self, failed: Plan | None = None) -> list[Sequence]:
         """The device's state is lost: every running sequence is read again from its committed tokens.
@@ -437,6 +480,7 @@ class Scheduler:
         self.preempted += 1
 
     def _leave(self, sequence: Sequence) -> None:
+        self._decoding = None
         self.running.remove(sequence)
         self.drawing -= sequence.sampling.temperature > 0
         self.fancy -= not sequence.plain
@@ -457,6 +501,8 @@ class Scheduler:
             return
         if reason != "failed":
             self._index(sequence, tail=True)
+        elif not sequence.sampling.edits and sequence.namespace is not None:
+            self.tree.forget(sequence.namespace)  # its pages may be what spoiled its logits
         self._leave(sequence)
 
 
