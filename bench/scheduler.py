@@ -102,7 +102,7 @@ def share(rows: int, steps: int) -> dict[str, float]:
     sampling, stops = Sampling(max_tokens=most), frozenset({0, 2})
     sequences = [Sequence(i, rng.integers(100, VOCAB, PROMPT).tolist(), PROMPT, sampling, stops, (0.0, i), "model")
                  for i in range(rows)]
-    engine.admit(sequences)
+    engine.queue.enter({s.id: s.prompt for s in sequences})
     engine.submit(*sequences)
     assert done.wait(600), "the engine stands still"
     engine.close()

@@ -20,7 +20,7 @@ def all_free(lm) -> bool:
     """Whether nothing runs or waits, and every page could be had (promise 4)."""
     engine, scheduler = lm._engine, lm._engine.scheduler
     pools = scheduler.tree.pools.items()
-    return (not scheduler.sequences and not engine.waiting and not engine.waiting_tokens
+    return (not scheduler.sequences and not engine.queue.waiting and not engine.queue.waiting_tokens
             and all(scheduler.tree.obtainable(name) == pool.size for name, pool in pools))
 
 

@@ -103,9 +103,9 @@ def test_who_waits_for_room_gets_it_in_order_and_nobody_slips_past(lm):
         answers = [lm.submit([7] * 30, max_tokens=1) for _ in range(2)]
         large, small = (threading.Thread(target=ask, args=(p,)) for p in ([8] * 90, [9]))
         large.start()
-        assert eventually(lambda: len(lm._engine._line) == 1)
+        assert eventually(lambda: len(lm._engine.queue._line) == 1)
         small.start()
-        assert eventually(lambda: len(lm._engine._line) == 2), "the small one went past the large one"
+        assert eventually(lambda: len(lm._engine.queue._line) == 2), "the small one went past the large one"
         with pytest.raises(Rejected):
             lm.submit([9], max_tokens=1)
     for thread in (large, small):
@@ -137,11 +137,13 @@ def test_waiting_for_room_ends_when_the_model_is_closed(tiny_path):
         assert answer.exception().output.prompt_tokens == tuple(lm.tokenizer.encode(text)), "errors are not shared"
 
 
-@pytest.mark.parametrize("point", ["admit", "submit"])
+@pytest.mark.parametrize("point", ["queue.enter", "submit"])
 def test_a_request_that_slips_in_while_the_model_closes_ends_as_well(tiny_path, point):
     lm = ji.load(tiny_path, max_context=256, max_rows=ROWS, batch_invariant=True)
-    engine, real = lm._engine, getattr(lm._engine, point)
-    setattr(engine, point, lambda *a, **k: (real(*a, **k), lm.close()))
+    *path, name = point.split(".")
+    owner = lm._engine.queue if path else lm._engine
+    real = getattr(owner, name)
+    setattr(owner, name, lambda *a, **k: (real(*a, **k), lm.close()))
     with endings() as ended:
         answer = lm.submit("x", max_tokens=1)
         assert isinstance(answer.exception(30), Closed)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import threading
-import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 
 from jaxinfer import events, kernels
-from jaxinfer.compiler import cache
 from jaxinfer.compiler.buckets import Bucket, Ladder
-from jaxinfer.compiler.ledger import Ledger
-from jaxinfer.errors import Closed, InvalidRequest
+from jaxinfer.compiler.programs import Programs
+from jaxinfer.errors import InvalidRequest
 from jaxinfer.graph import Graph, Run, forward, hidden
 from jaxinfer.kernels import BIASES, Edits
 from jaxinfer.kernels.sampling import Draws
@@ -42,12 +38,12 @@ class Key(NamedTuple):
         return f"{self.kind}[{shape}]" if self.shape else self.kind
 
 
-class Executables:
+class Executables(Programs):
     """The compiled programs of one model on one device.
 
     `params` and `state` may be arrays or `ShapeDtypeStruct`s: only shapes are read. `table_width` is the number of
     pages per row of each page table, `max_context` the tokens of a row's history, `forced` names implementations that
-    ops must take. Compiles run on two threads; `get` blocks only when nothing that is ready can serve.
+    ops must take. `get` blocks only when nothing that is ready can serve.
 
     Kinds: "forward" (params, state, last_S, run) -> state, logits_RV; of several steps, with how each row draws,
     "greedy_steps" and "steps" -> state, last_S, tokens_NR; "score" and "embed" read a prompt for its own sake;
@@ -57,26 +53,14 @@ class Executables:
     def __init__(self, graph: Graph, ladder: Ladder, *, params: Any, state: Any, max_rows: int, max_context: int,
                  table_width: dict[str, int], device: jax.Device, platform: str | None = None,
                  forced: Mapping[str, str] | None = None):
+        super().__init__(device, platform=platform, forced=forced)
         self.graph, self.ladder, self.max_rows, self.max_context = graph, ladder, max_rows, max_context
-        self.table_width, self.forced = table_width, forced or {}
-        self.platform = platform or device.platform
-        self.sharding = SingleDeviceSharding(device)
+        self.table_width = table_width
         self.params, self.state = jax.tree.map(self._like, (params, state))
-        self.ledger = Ledger()
         for key in (key for bucket in ladder.buckets for key in _forwards(bucket)):
             _ = self.ledger[str(key)]
-        self._ready: dict[Key, Callable] = {}
-        self._pending: dict[Key, Future] = {}
         self._functions: dict[Callable, None] = {}  # users', the latest last
         self.holding = lru_cache(4096)(ladder.holding)  # in every step anew
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="jaxinfer-compile")
-
-    def _like(self, x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding)
-
-    def _array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
 
     # What is compiled.
 
@@ -133,43 +117,7 @@ class Executables:
         mask = self._array(R, -(-self.graph.vocab // 32), dtype=jnp.uint32)
         return Edits(floats, floats, floats, wide(), wide(dtype=jnp.float32), mask, ints, ints)
 
-    def _compile(self, key: Key) -> Callable:
-        name = str(key)
-        events.emit(events.Compiling(name))
-        start = time.perf_counter()
-        with cache.watch() as hits, kernels.tracing(self.platform, self.forced) as trace:
-            compiled = self.lower(key).compile()
-        entry = self.ledger[name]
-        entry.origin, entry.seconds = "disk" if hits else "compiled", time.perf_counter() - start
-        entry.kernels = dict(trace.chosen)
-        entry.bytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
-        with self._lock:
-            if key in self._pending:  # else it was forgotten meanwhile
-                self._ready[key] = compiled
-        events.emit(events.Compiling(name, entry.seconds, entry.origin))
-        return compiled
-
     # How it is found.
-
-    def prepare(self, *keys: Key) -> list[Future]:
-        """Start compiling what has not been started."""
-        with self._lock:
-            for key in keys:
-                if key not in self._pending or _failed(self._pending[key]):  # then it is tried again
-                    try:
-                        self._pending[key] = self._pool.submit(self._compile, key)
-                    except RuntimeError as error:
-                        raise Closed() from error
-            return [self._pending[key] for key in keys]
-
-    def get(self, key: Key, real: int = 1, padded: int = 1) -> Callable:
-        """The program of `key`, waited for if need be, and counted as a hit: `real` of `padded` are no padding."""
-        found = self._ready.get(key) or self.prepare(key)[0].result()
-        entry = self.ledger[str(key)]
-        entry.hits += 1
-        entry.tokens += real
-        entry.padding += padded - real
-        return found
 
     def bucket(self, shape: Bucket, *then: Key) -> Bucket:
         """The bucket that a step of this shape will run in: its own if that is ready, with what `then` follows on its
@@ -193,9 +141,6 @@ class Executables:
     def ready(self, shape: Bucket, *then: Key) -> bool:
         """Whether a step of this shape can run without waiting for a compile."""
         return any(self._is_ready(b, then) for b in self.holding(shape))
-
-    def is_ready(self, key: Key) -> bool:
-        return key in self._ready
 
     def _is_ready(self, bucket: Bucket, then: Iterable[Key]) -> bool:
         return all(key in self._ready for key in self._needed(bucket, then))
@@ -262,9 +207,7 @@ class Executables:
             future.result()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._ready.clear()
-        self._pending.clear()
+        super().close()
         self._functions.clear()
 
 
@@ -275,10 +218,6 @@ def _forward(bucket: Bucket) -> Key:
 def _forwards(bucket: Bucket) -> list[Key]:
     """What runs the model in this bucket."""
     return [Key(kind, bucket) for kind in (("greedy_steps", "steps") if bucket.steps > 1 else ("forward",))]
-
-
-def _failed(future: Future) -> bool:
-    return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 def _steps(graph: Graph, steps: int, params, state, last_S, run: Run, slot_R, draws: Draws | None = None):

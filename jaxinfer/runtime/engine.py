@@ -17,9 +17,10 @@ import numpy as np
 from jaxinfer.compiler import Bucket, Executables, Key
 from jaxinfer.compiler.buckets import STEPS
 from jaxinfer.compiler.executables import COPIES
-from jaxinfer.errors import Closed, Expired, Rejected, RequestFailed, StepFailed
+from jaxinfer.errors import Closed, RequestFailed, StepFailed
 from jaxinfer.graph import Run, State
 from jaxinfer.request import FinishReason, Sequence
+from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.pack import Packer
 from jaxinfer.scheduler import Drawn, Plan, Scheduler
 
@@ -66,19 +67,13 @@ class Engine:
                  max_waiting: int, max_waiting_tokens: int):
         self.executables, self.scheduler, self.params = executables, scheduler, params
         self.tell, self.failed = tell, failed
-        self.max_waiting, self.max_waiting_tokens = max_waiting, max_waiting_tokens
-        self.waiting = self.waiting_tokens = 0  # submitted, and not yet begun to be read
+        self.queue = Admission(max_waiting, max_waiting_tokens)  # of those that are not yet begun to be read
         self.packer = Packer(scheduler.max_rows, executables.table_width, executables.graph.vocab)
-        self._queued: dict[int, int] = {}  # the tokens of each that waits
-        self._line: deque[object] = deque()  # who waits for room to wait
-        self._pace = 0.0  # seconds between two that leave the queue, on average
-        self._left = 0.0  # when the last one left it, or the first one came
         self._step_seconds = 1.0  # of a decode step, on average
         self._committed = 0.0  # when the last step was; 0 after a pause
         self._device, self._make_state = device, make_state
         self._inbox: deque[Callable[[], None]] = deque()
-        lock = threading.RLock()
-        self._wake, self._room = threading.Condition(lock), threading.Condition(lock)
+        self._wake = threading.Condition()
         self._closing = False
         self._reset()
         self._thread = threading.Thread(target=self._loop, name="jaxinfer-engine", daemon=True)
@@ -91,49 +86,8 @@ class Engine:
 
     # From any thread.
 
-    def admit(self, sequences: Iterable[Sequence], wait: bool = False, patience: float | None = None) -> None:
-        """Make room in the queue for all of `sequences`, or raise Rejected; with `wait`, block until there is room,
-        for `patience` seconds at most (then it is Expired). Who came first gets the first room; an empty queue takes
-        anything."""
-        sequences = tuple(sequences)
-        tokens, me = sum(s.prompt for s in sequences), object()
-        end = None if patience is None else time.perf_counter() + patience
-        fits = lambda: not self.waiting or (self.waiting + len(sequences) <= self.max_waiting
-                                            and self.waiting_tokens + tokens <= self.max_waiting_tokens)
-        with self._wake:
-            self._check_open()
-            if not wait and (self._line or not fits()):
-                raise self._rejected(len(sequences), tokens)
-            self._line.append(me)
-            try:
-                while self._line[0] is not me or not fits():
-                    left = None if end is None else end - time.perf_counter()
-                    if left is not None and left <= 0:
-                        raise Expired(f"the timeout of {patience:g} s is over: there was no room in the queue yet")
-                    self._room.wait(left)
-                    self._check_open()
-            finally:
-                self._line.remove(me)
-                self._room.notify_all()
-            if not self.waiting:
-                self._left = time.perf_counter()  # nobody waited before: only from now on does time tell of the pace
-            for sequence in sequences:
-                self._queued[sequence.id] = sequence.prompt
-            self.waiting, self.waiting_tokens = self.waiting + len(sequences), self.waiting_tokens + tokens
-
-    def _rejected(self, count: int, tokens: int) -> Rejected:
-        excess = max(1, self.waiting + count - self.max_waiting)
-        if self.waiting_tokens + tokens > self.max_waiting_tokens:
-            share = (self.waiting_tokens + tokens - self.max_waiting_tokens) / max(self.waiting_tokens, 1)
-            excess = max(excess, share * self.waiting)
-        pace = max(self._pace, time.perf_counter() - self._left, 0.01)
-        return Rejected(
-            f"the queue is full: {self.waiting} requests of {self.waiting_tokens} tokens wait, and max_waiting="
-            f"{self.max_waiting}, max_waiting_tokens={self.max_waiting_tokens}; try again in {pace * excess:.1f} s",
-            self.waiting, pace * excess)
-
     def submit(self, *sequences: Sequence) -> None:
-        """Queue sequences for which `admit` made room."""
+        """Queue sequences which `queue` let in."""
         def enter():
             for sequence in sequences:
                 if sequence.ended is None:
@@ -145,7 +99,7 @@ class Engine:
         def leave():
             self.scheduler.cancel(sequence.id, reason)
             sequence.ended = sequence.ended or reason
-            self._leave_queue([sequence.id])
+            self.queue.leave([sequence.id])
         self._post(leave)
 
     def _post(self, action: Callable[[], None]) -> None:
@@ -167,6 +121,7 @@ class Engine:
         with self._wake:
             self._closing = True
             self._wake.notify_all()
+        self.queue.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -180,7 +135,7 @@ class Engine:
             kind, message, cause = StepFailed, f"the engine stopped: {unexpected}", unexpected
         with self._wake:
             self._closing, actions = True, tuple(self._inbox)
-            self._room.notify_all()
+        self.queue.close()
         for action in actions:
             action()
         for sequence in tuple(self.scheduler.sequences.values()):
@@ -254,7 +209,7 @@ class Engine:
         now = time.perf_counter()
         began = tuple(s for b in plan.began if (s := self.scheduler.sequences.get(b.sequence)))
         if began:
-            self._leave_queue([s.id for s in began])
+            self.queue.leave([s.id for s in began])
             self.tell(News(now, began))
         shape, then, find = _shape(plan), self._then(plan), self.executables
         if plan.task != "draw":
@@ -431,19 +386,8 @@ class Engine:
         error = kind(message)
         error.__cause__ = cause
         self.scheduler.cancel(sequence.id, "failed")
-        self._leave_queue([sequence.id])
+        self.queue.leave([sequence.id])
         self.failed(sequence, error)
-
-    def _leave_queue(self, ids: Iterable[int]) -> None:
-        now = time.perf_counter()
-        with self._wake:
-            for id in ids:
-                tokens = self._queued.pop(id, None)
-                if tokens is not None:
-                    self.waiting, self.waiting_tokens = self.waiting - 1, self.waiting_tokens - tokens
-                    self._pace += (0.1 if self._pace else 1.0) * (now - self._left - self._pace)
-                    self._left = now
-            self._room.notify_all()
 
     def _recover(self, plan: Plan | None, error: Exception) -> None:
         """The donated state went with the step: rebuild it and read every running sequence again. Those of a step
@@ -454,7 +398,7 @@ class Engine:
         for sequence in failed:
             failure = StepFailed(f"the step failed, and failed again when it was repeated: {error}")
             failure.__cause__ = error
-            self._leave_queue([sequence.id])
+            self.queue.leave([sequence.id])
             self.failed(sequence, failure)
         self._reset()
 

@@ -158,8 +158,8 @@ class LanguageModel:
         engine, scheduler = self._engine, self._engine.scheduler
         tree, pools = scheduler.tree, scheduler.tree.pools.values()
         return Statistics(
-            engine.waiting, engine.waiting_tokens, len(scheduler.running), scheduler.steps, scheduler.preempted,
-            scheduler.read, scheduler.reused, sum(p.size for p in pools), sum(p.free for p in pools),
+            engine.queue.waiting, engine.queue.waiting_tokens, len(scheduler.running), scheduler.steps,
+            scheduler.preempted, scheduler.read, scheduler.reused, sum(p.size for p in pools), sum(p.free for p in pools),
             sum(tree.pages.values()))
 
     @property
@@ -280,7 +280,7 @@ class LanguageModel:
         submitted, compiling = time.perf_counter(), self._prepare(sequences[0])
         patience = min((s for s in (request.queue_timeout, request.timeout) if s is not None), default=None)
         try:
-            self._engine.admit(sequences, wait, patience)
+            self._engine.queue.enter({s.id: s.prompt for s in sequences}, wait, patience)
         except (Rejected, Expired) as error:
             reason = "expired" if isinstance(error, Expired) else "rejected"
             events.emit(events.RequestEnded(sequences[0].id, reason, sequences[0].prompt, 0))

@@ -1,0 +1,91 @@
+"""Compiled programs by key: compiled once in the background, found without a lock, listed in a ledger."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from jaxinfer import events, kernels
+from jaxinfer.compiler import cache
+from jaxinfer.compiler.ledger import Ledger
+from jaxinfer.errors import Closed
+
+
+class Programs:
+    """The compiled programs of one model on one device. `lower(key)` says what a key's program is; `str(key)` is its
+    name. `forced` names implementations that ops must take. Compiles run on two threads."""
+
+    def __init__(self, device: jax.Device, *, platform: str | None = None, forced: Mapping[str, str] | None = None):
+        self.platform, self.forced = platform or device.platform, forced or {}
+        self.sharding = SingleDeviceSharding(device)
+        self.ledger = Ledger()
+        self._ready: dict[Any, Callable] = {}
+        self._pending: dict[Any, Future] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="jaxinfer-compile")
+
+    @abstractmethod
+    def lower(self, key: Any) -> jax.stages.Lowered:
+        """The program of `key` for abstract arguments."""
+
+    def _like(self, x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding)
+
+    def _array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
+
+    def _compile(self, key: Any) -> Callable:
+        name = str(key)
+        events.emit(events.Compiling(name))
+        start = time.perf_counter()
+        with cache.watch() as hits, kernels.tracing(self.platform, self.forced) as trace:
+            compiled = self.lower(key).compile()
+        entry = self.ledger[name]
+        entry.origin, entry.seconds = "disk" if hits else "compiled", time.perf_counter() - start
+        entry.kernels = dict(trace.chosen)
+        entry.bytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+        with self._lock:
+            if key in self._pending:  # else it was forgotten meanwhile
+                self._ready[key] = compiled
+        events.emit(events.Compiling(name, entry.seconds, entry.origin))
+        return compiled
+
+    def prepare(self, *keys: Any) -> list[Future]:
+        """Start compiling what has not been started, or has failed."""
+        with self._lock:
+            for key in keys:
+                if key not in self._pending or _failed(self._pending[key]):
+                    try:
+                        self._pending[key] = self._pool.submit(self._compile, key)
+                    except RuntimeError as error:
+                        raise Closed() from error
+            return [self._pending[key] for key in keys]
+
+    def get(self, key: Any, real: int = 1, padded: int = 1) -> Callable:
+        """The program of `key`, waited for if need be, and counted as a hit: `real` of `padded` are no padding."""
+        found = self._ready.get(key) or self.prepare(key)[0].result()
+        entry = self.ledger[str(key)]
+        entry.hits += 1
+        entry.tokens += real
+        entry.padding += padded - real
+        return found
+
+    def is_ready(self, key: Any) -> bool:
+        return key in self._ready
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ready.clear()
+        self._pending.clear()
+
+
+def _failed(future: Future) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)
