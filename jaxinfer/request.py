@@ -55,6 +55,13 @@ def _check(name: str, value: Any, rule: Rule) -> None:
         raise InvalidRequest(f"{name} is {value!r}; it must be {rule.wanted}")
 
 
+def check_options(**options: Any) -> None:
+    """Raises InvalidRequest for an option of a request that has no meaning; None says nothing."""
+    for name, value in options.items():
+        if value is not None or name == "priority":
+            _check(name, value, REQUEST_RULES[name])
+
+
 def _items(name: str, values: Any, right: Callable[[Any], bool], wanted: str) -> tuple:
     if isinstance(values, str | bytes) or not isinstance(values, SequenceOf) or not all(map(right, values)):
         raise InvalidRequest(f"{name} is {values!r}; it must be a sequence of {wanted}")
@@ -211,9 +218,7 @@ class Request:
     reuse: bool = True
 
     def __post_init__(self):
-        for name, rule in REQUEST_RULES.items():
-            if getattr(self, name) is not None or name == "priority":
-                _check(name, getattr(self, name), rule)
+        check_options(**{name: getattr(self, name) for name in REQUEST_RULES})
         if type(self.reuse) is not bool:
             raise InvalidRequest(f"reuse is {self.reuse!r}; it must be True or False")
         if not isinstance(self.sampling, Sampling):
@@ -249,6 +254,7 @@ class Sequence:
     namespace: Any = None
     task: Literal["draw", "score", "embed"] = "draw"
     after: Sequence | None = None
+    version: int = 0  # of the weights that it runs on
     read: int = 0
     total: int = field(init=False)
     most: int = field(init=False)  # tokens at which it ends
@@ -270,6 +276,16 @@ class Sequence:
     @property
     def unread(self) -> int:
         return self.total - self.read
+
+    @property
+    def begun(self) -> bool:
+        """Whether the model has read of it, or drawn for it, even if it has to begin again."""
+        return self.slot is not None or self.total > self.prompt
+
+    @property
+    def space(self) -> tuple[int, Any]:
+        """Whose pages it may share: those of one namespace that the same weights have made."""
+        return self.version, self.namespace
 
 
 @dataclass(frozen=True)
@@ -317,7 +333,8 @@ class Output:
     there was of a request that ended otherwise ("expired", "failed", ...) is the `output` of the error that says so.
 
     `prompt_logprobs` has None for the first token, which nothing precedes. With `n` > 1 `samples` are all answers,
-    the first of which this one is. `reused` prompt tokens were found computed already.
+    the first of which this one is. `reused` prompt tokens were found computed already. `version` is the number of the
+    weights that drew the last token (the only ones, unless a swap was to go on with what ran).
     """
 
     prompt_tokens: tuple[int, ...]
@@ -329,6 +346,7 @@ class Output:
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
     samples: tuple[Output, ...] = ()
     reused: int = 0
+    version: int = 0
 
     def _repr_pretty_(self, printer, _cycle):
         rate = self.timings.tokens_per_second

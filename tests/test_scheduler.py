@@ -162,6 +162,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.told: dict[int, list[int]] = {}
         self.ended: dict[int, str] = {}
         self.begun: set[int] = set()
+        self.version = self.most_versions = 1
         self.waited: dict[int, int] = {}
         self.now = 0.0
 
@@ -196,6 +197,16 @@ class AnyHistory(RuleBasedStateMachine):
         self._end(self.scheduler.cancel(id, reason), reason)
         assert self.scheduler.cancel(id) is None, "cancelled twice"
 
+    @rule()
+    def swap(self):
+        """Other weights: whoever begins now reads and draws otherwise."""
+        self.version += 1
+        self.scheduler.swap(self.version)
+        for sequence in self.scheduler.sequences.values():
+            if not sequence.begun:
+                self._expect(sequence)
+            assert sequence.version == self.version or sequence.begun
+
     @precondition(lambda self: self.flying)
     @rule(dispatching=st.booleans())
     def fail(self, dispatching):
@@ -227,14 +238,18 @@ class AnyHistory(RuleBasedStateMachine):
         first = None
         for _ in range(1 if task == "embed" else draw(st.sampled_from((1, 1, 1, 2, 3)), "samples")):
             id = len(self.all)
-            salt = ("alone", id) if namespace is None else namespace
-            tokens, kept = alone(self.groups, salt, prompt, len(prompt) + most)
-            end = next((i + 1 for i in range(len(prompt), len(tokens)) if tokens[i] in stops), len(tokens))
-            self.asked[id] = Asked(salt, tokens, kept, end, stops)
             self.all.append(Sequence(id, list(prompt), len(prompt), Sampling(max_tokens=most, logprobs=logprobs), stops,
                                      (order, id), namespace, "draw" if first else task, first))
             self.scheduler.submit(self.all[-1])
+            self._expect(self.all[-1])
             first = first or self.all[-1]
+
+    def _expect(self, s: Sequence):
+        """What a sequence that has not begun should come to, on the weights of its version."""
+        salt = (s.version, ("alone", s.id) if s.namespace is None else s.namespace)
+        tokens, kept = alone(self.groups, salt, s.tokens[: s.prompt], s.most)
+        end = next((i + 1 for i in range(s.prompt, len(tokens)) if tokens[i] in s.stops), len(tokens))
+        self.asked[s.id] = Asked(salt, tokens, kept, end, s.stops)
 
     def _step(self, steps: int = 1, late: bool = False):
         """With `late`, tokens are read back between the plan and its dispatch."""
@@ -265,6 +280,7 @@ class AnyHistory(RuleBasedStateMachine):
         columns = plan.ids, plan.slots, plan.starts, plan.lens, plan.draws, plan.counts
         assert len(set(map(len, columns))) == 1 and 0 < len(plan.ids) <= self.house.max_rows
         assert len(set(plan.ids)) == len(set(plan.slots)) == len(plan.ids)
+        assert {self.all[id].version for id in plan.ids} == {plan.version}, "one step on two versions"
         assert sum(plan.lens) == len(plan.tokens) and min(plan.lens) > 0
         assert len(plan.tokens) <= self.scheduler.budget, "more tokens than a step may read"
 
@@ -303,7 +319,10 @@ class AnyHistory(RuleBasedStateMachine):
         ready = [*decoding, *reading[:1]]
         self.waited = {s.id: self.waited.get(s.id, 0) + 1 if s.id not in ids else 0 for s in ready}
         tasks = {s.task for s in reading} | {plan.task if plan else "draw"}
+        self.most_versions = max(self.most_versions, len(self.scheduler.versions), len({s.version for s in placed}))
         patience = 0 if self.house.chunks != 0 and tasks == {"draw"} else 1
+        if self.most_versions > 1:
+            patience = 2 * self.most_versions - 1  # they take turns, in which steps may be of one kind
         assert all(times <= patience for times in self.waited.values()), "waited for more than its turn"
         assert ids or not (decoding or reading), "nothing was planned, although a sequence could run"
 

@@ -53,6 +53,10 @@ class Admission:
             if self._line:
                 self._room.notify_all()
 
+    def holds(self, id: int) -> bool:
+        """Whether a request still waits."""
+        return id in self._queued
+
     def close(self) -> None:
         """Whoever waits for room, or comes from now on, is told that the model is closed."""
         with self._room:

@@ -123,6 +123,11 @@ class Delivery:
                 return
             action()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self._tickets) or not self._inbox.empty()
+
     def close(self) -> None:
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
@@ -297,7 +302,7 @@ class Delivery:
             scores = tuple(ticket.scores.get(i) for i in range(len(prompt)))
         logprobs = tuple(sample.logprobs) if sampling.logprobs is not None else None
         return Output(prompt, "".join(sample.shown), tuple(sample.tokens), reason, times, logprobs, scores, (),
-                      sample.sequence.reused)
+                      sample.sequence.reused, sample.sequence.version)
 
 
 def _logprob(arrays: Any, row: int, token: int, most: int) -> Logprob:

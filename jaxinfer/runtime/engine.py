@@ -65,7 +65,8 @@ class Engine:
     def __init__(self, executables: Executables, scheduler: Scheduler, params: Any, make_state: Callable[[], State],
                  tell: Callable[[News], None], failed: Callable[[Sequence, BaseException], None], device: jax.Device, *,
                  max_waiting: int, max_waiting_tokens: int):
-        self.executables, self.scheduler, self.params = executables, scheduler, params
+        self.executables, self.scheduler = executables, scheduler
+        self.weights = {scheduler.version: params}  # by version: the newest, and those that somebody still runs on
         self.tell, self.failed = tell, failed
         self.queue = Admission(max_waiting, max_waiting_tokens)  # of those that are not yet begun to be read
         self.packer = Packer(scheduler.max_rows, executables.table_width, executables.graph.vocab)
@@ -101,6 +102,23 @@ class Engine:
             sequence.ended = sequence.ended or reason
             self.queue.leave([sequence.id])
         self._post(leave)
+
+    def swap(self, params: Any, onward: bool = False, version: int | None = None) -> int:
+        """Between two steps, let new sequences run on other weights (`Scheduler.swap`); returns their version."""
+        done = threading.Event()
+
+        def change():
+            number = self.scheduler.version + 1 if version is None else version
+            self.weights = {**self.weights, number: params}
+            self.scheduler.swap(number, onward)
+            self._forget_weights()
+            done.set()
+
+        self._post(change)
+        while not done.wait(0.1):
+            if not self._thread.is_alive():
+                raise Closed()
+        return self.scheduler.version
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:
@@ -140,7 +158,8 @@ class Engine:
             action()
         for sequence in tuple(self.scheduler.sequences.values()):
             self._fail(sequence, message, cause, kind)
-        self.state = self.params = self.history_SL = None
+        self.state = self.history_SL = None
+        self.weights = {}
 
     def _run(self) -> None:
         flying: Flight | None = None
@@ -222,7 +241,7 @@ class Engine:
             return None
         plan, run, flight = packed
         flight.then = tuple(key._replace(shape=bucket.rows) for key in then)
-        first, real = (self.params, self.state, self.last_S, run), len(plan.tokens)
+        first, real = (self.weights[plan.version], self.state, self.last_S, run), len(plan.tokens)
         if plan.steps > 1:
             greedy = then[0].kind == "greedy"
             steps = find.get(Key("greedy_steps" if greedy else "steps", bucket), real, bucket.tokens)
@@ -360,6 +379,12 @@ class Engine:
         if flight.fancy or min(map(min, tokens_NR)) < 0:
             drawn = self._look_at(list(drawn))
         self.tell(News(now, (), drawn, told, read))
+        if len(self.weights) > 1:
+            self._forget_weights()
+
+    def _forget_weights(self) -> None:
+        used = {self.scheduler.version, *(s.version for s in self.scheduler.sequences.values())}
+        self.weights = {version: params for version, params in self.weights.items() if version in used}
 
     def _look_at(self, drawn: list[Drawn]) -> list[Drawn]:
         """Fail who could not draw, and tell grammars what was drawn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import os
 import threading
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from jaxinfer import events
 from jaxinfer.compiler import Ledger
-from jaxinfer.errors import Closed, Expired, InvalidRequest, Rejected, RequestFailed
+from jaxinfer.errors import Closed, Expired, InvalidOption, InvalidRequest, Rejected, RequestFailed
 from jaxinfer.frontend.constraint import compile_grammar
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Graph
@@ -28,6 +30,7 @@ from jaxinfer.runtime.answer import Answer, Stream
 from jaxinfer.runtime.delivery import Delivery, Ticket
 from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.pack import check
+from jaxinfer.runtime.versions import check_like
 from jaxinfer.scheduler import AGEING
 
 Ask = Prompt | Request
@@ -159,7 +162,8 @@ class LanguageModel:
         tree, pools = scheduler.tree, scheduler.tree.pools.values()
         return Statistics(
             engine.queue.waiting, engine.queue.waiting_tokens, len(scheduler.running), scheduler.steps,
-            scheduler.preempted, scheduler.read, scheduler.reused, sum(p.size for p in pools), sum(p.free for p in pools),
+            scheduler.preempted, scheduler.read, scheduler.reused,
+            sum(p.size for p in pools), sum(p.free for p in pools),
             sum(tree.pages.values()))
 
     @property
@@ -171,14 +175,58 @@ class LanguageModel:
     def params(self) -> Any:
         """The weights, a pytree in the shape of `graph.spec`."""
         self._check_open()
-        return self._engine.params
+        return self._engine.weights[self._engine.scheduler.version]
 
     @property
     def timings(self) -> dict[str, float]:
         """Seconds spent: `load_seconds` on weights, `compile_seconds` on Executables so far."""
         return {"load_seconds": self._load_seconds, "compile_seconds": sum(e.seconds for e in self.ledger)}
 
+    # Weights.
+
+    @property
+    def version(self) -> int:
+        """The number of the weights that new requests run on: 1, and one more with every swap."""
+        return self._engine.scheduler.version
+
+    def swap(self, params: Any, running: Literal["finish", "continue"] = "finish") -> int:
+        """Take other weights of the same structure, shapes and dtypes, between two steps and with no compile.
+
+        What runs is to "finish" on the old weights, which stay until then and take turns with the new ones; or to
+        "continue" on the new ones, with what was read by the old. Returns the new version's number. Raises
+        InvalidOption if the weights do not match.
+        """
+        self._check_open()
+        if running not in ("finish", "continue"):
+            raise InvalidOption(f"running is {running!r}; it must be 'finish' or 'continue'")
+        check_like(params, self._engine.executables.params)
+        return self._engine.swap(jax.device_put(params, self.device), running == "continue")
+
+    def renumber(self, version: int) -> None:
+        """Count versions from here: a registry's numbers are its own."""
+        self._engine.swap(self.params, True, version)
+
+    @property
+    def device(self) -> jax.Device:
+        return next(iter(self._engine.executables.sharding.device_set))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, the pages, and what the largest Executable needs beside them."""
+        executables = self._engine.executables
+        arrays = jax.tree.leaves((executables.params, executables.state))
+        held = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+        return held + max((entry.bytes for entry in self.ledger), default=0)
+
     # Living.
+
+    def drain(self, seconds: float = 60.0) -> None:
+        """Refuse what comes from now on, wait until what is here has ended (or for so many seconds), and close."""
+        self._engine.queue.close()
+        end = time.monotonic() + seconds
+        while (self._engine.queue.waiting or self._delivery.busy) and time.monotonic() < end:
+            time.sleep(0.005)
+        self.close()
 
     def warmup(self) -> None:
         """Compile every bucket now, so that no request waits for a compile afterwards."""

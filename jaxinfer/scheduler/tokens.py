@@ -41,7 +41,8 @@ class Plan:
     come the `singles` rows that read one token each (decode), then the prompt chunks. Before the step, `copies`
     (group, from page, to page) are made and `pages` (group, slot, index, page) enter the tables; `began` are new in
     their slots. A plan of several `steps` draws that many tokens for each of its rows. The single rows in `turns` fill
-    a page, or draw their last token. `task` is what its prompts are read for.
+    a page, or draw their last token. `task` is what its prompts are read for. All rows run on one `version` of the
+    weights.
 
     A decode step of the same rows as the one before has the same list objects in the columns that stay the same.
     """
@@ -61,6 +62,7 @@ class Plan:
     copies: list[tuple[str, int, int]] = field(default_factory=list)
     began: list[Began] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
+    version: int = 0
 
     @property
     def counts(self) -> list[int]:
@@ -111,6 +113,9 @@ class Scheduler:
         self.sequences: dict[int, Sequence] = {}
         self.slots = list(range(max_rows - 1, -1, -1))
         self.steps = self.preempted = self.read = self.reused = 0
+        self.version = 1  # of the weights that whoever begins now runs on
+        self.versions: Counter[int] = Counter()  # of those running
+        self._decoded: dict[int, bool] = {}  # whether the last step of each of them decoded
         self.drawing = self.fancy = 0  # running sequences that draw at random, and that want more than to draw
         self.stops: Counter[int] = Counter()  # tokens at which somebody stops
         self._last: Plan | None = None
@@ -128,9 +133,21 @@ class Scheduler:
         return max(group.need(start, tokens), group.need(0, min(tokens, self.chunk))) + (group.window is not None)
 
     def submit(self, sequence: Sequence) -> None:
-        self.sequences[sequence.id] = sequence
+        self.sequences[sequence.id], sequence.version = sequence, self.version
         self.stops.update(sequence.stops)
         insort(self.waiting, sequence, key=BY_ORDER)
+
+    def swap(self, version: int, onward: bool = False) -> None:
+        """From now on sequences begin on another version of the weights. Those that have begun end on their own,
+        taking turns; or go `onward` on the new one, and share no page any more: theirs are of two makes."""
+        self.version = version
+        for sequence in self.sequences.values():
+            if not sequence.begun:
+                sequence.version = version
+            elif onward:
+                sequence.version, sequence.namespace, sequence.node = version, None, None
+        self.versions = Counter(sequence.version for sequence in self.running)
+        self._decoding = None
 
     def cancel(self, id: int, reason: FinishReason = "cancelled") -> Sequence | None:
         """End a sequence now, wherever it is; None if it had ended already."""
@@ -145,22 +162,34 @@ class Scheduler:
         plan = Plan(self.steps + 1)
         self._index_prompts()
         self._admit(plan)
-        if self.chunks != 0 and not (self.reading and self.reading[0].task != "draw"):
-            if self.reading:  # its pages first: no row that is in the plan already can be preempted for them
-                self._reserve(plan, self.reading[0], min(self.reading[0].unread, self.chunk), preempt=True)
+        for plan.version in self._turns():
+            self._fill(plan, steps)
+            if plan.ids:
+                self.steps, self._last = plan.number, plan
+                self._decoded[plan.version] = plan.singles > 0
+                return plan
+        return None
+
+    def _turns(self) -> list[int]:
+        """The versions of those running, that of the last plan at the end."""
+        if len(self.versions) < 2:
+            return list(self.versions)
+        return sorted(self.versions, key=lambda v: (self._last is not None and v == self._last.version, v))
+
+    def _fill(self, plan: Plan, steps: int) -> None:
+        first = next((s for s in self.reading if s.version == plan.version), None)
+        if self.chunks != 0 and not (first and first.task != "draw"):
+            if first:  # its pages first: no row that is in the plan already can be preempted for them
+                self._reserve(plan, first, min(first.unread, self.chunk), preempt=True)
             self._decode(plan, self._together(steps))
             self._read(plan)
         else:  # steps of one kind: they take turns
-            if self._last and self._last.singles:
+            if self._decoded.get(plan.version):
                 self._read(plan)
             if not plan.ids:
                 self._decode(plan, self._together(steps))
             if not plan.ids:
                 self._read(plan)
-        if not plan.ids:
-            return None
-        self.steps, self._last = plan.number, plan
-        return plan
 
     # Admission.
 
@@ -183,7 +212,7 @@ class Scheduler:
             return False
         match = None
         if sequence.namespace is not None and sequence.task == "draw":
-            match = self.tree.match(sequence.namespace, sequence.tokens, len(sequence.tokens) - 1)
+            match = self.tree.match(sequence.space, sequence.tokens, len(sequence.tokens) - 1)
         if match and match.copies and not all(self.tree.obtainable(group.name) for group in self.groups):
             self._forget(match)  # the one page left is that to be copied
             match = None
@@ -214,6 +243,7 @@ class Scheduler:
         self._decoding = None
         sequence.pages = {group.name: [] for group in self.groups}
         insort(self.running, sequence, key=BY_ORDER)
+        self.versions[sequence.version] += 1
         self.drawing += sequence.sampling.temperature > 0
         self.fancy += not sequence.plain
         plan.began.append(Began(sequence.id, slot, tuple(sequence.tokens), sequence.prompt, sequence.sampling))
@@ -255,7 +285,9 @@ class Scheduler:
             if sequence.task != "draw" and plan.ids:
                 break
             count = min(sequence.unread, self.chunk, budget)
-            if sequence.slot is None or not self._reserve(plan, sequence, count, preempt=not plan.ids):
+            if sequence.version != plan.version or sequence.slot is None:
+                continue
+            if not self._reserve(plan, sequence, count, preempt=not plan.ids):
                 continue
             self._row(plan, sequence, count)
             if sequence.task != "draw":
@@ -299,11 +331,11 @@ class Scheduler:
             start = sequence.indexed
             pages = {name: held[start // size] for name, held in sequence.pages.items()}
             tokens = tuple(sequence.tokens[start:start + size])
-            sequence.node = tree.extend(sequence.node, sequence.namespace, tokens, pages)
+            sequence.node = tree.extend(sequence.node, sequence.space, tokens, pages)
             sequence.indexed = start + size
         if tail and upto > sequence.indexed:
             pages = {name: held[sequence.indexed // size] for name, held in sequence.pages.items()}
-            tree.extend(sequence.node, sequence.namespace, tuple(sequence.tokens[sequence.indexed:upto]), pages)
+            tree.extend(sequence.node, sequence.space, tuple(sequence.tokens[sequence.indexed:upto]), pages)
         sequence.known = upto if tail else sequence.indexed
 
     # Decoding.
@@ -311,7 +343,7 @@ class Scheduler:
     def _together(self, steps: int) -> int:
         """How many decode steps may go in one call: `steps`, or 1 if somebody waits, reads, ends sooner, wants more
         than to draw, or would have to take a page from another."""
-        if steps == 1 or self.waiting or self.reading or not self.running:
+        if steps == 1 or self.waiting or self.reading or not self.running or len(self.versions) > 1:
             return 1
         if not all(s.plain and s.read + 1 == s.total and s.total + steps <= s.most for s in self.running):
             return 1
@@ -326,7 +358,8 @@ class Scheduler:
             opening = turning
         else:
             rows = [s for s in self.running
-                    if s.total - s.read == 1 and s.total < s.most and (s.read >= s.prompt or s.task == "draw")]
+                    if s.total - s.read == 1 and s.total < s.most and (s.read >= s.prompt or s.task == "draw")
+                    and s.version == plan.version]
             opening, self._decoding = [s for s in rows if -s.read % size < steps], None
         staying = len(self.running)
         for s in opening:
@@ -352,7 +385,7 @@ class Scheduler:
         plan.tokens = [s.tokens[s.read] if s.read < len(s.tokens) else -1 for s in rows]
         due = [min(s.read + -(s.read + 1) % size, s.most - 2) for s in rows]
         plan.turns = list(compress(range(len(rows)), map(eq, plan.starts, due)))
-        if steps == 1 and rows and not self.reading:
+        if steps == 1 and rows and not self.reading and len(self.versions) == 1:
             self._decoding, self._due = rows, due
             self._next_turns(plan)
 
@@ -471,6 +504,7 @@ class Scheduler:
             sequence.total, sequence.known = len(sequence.tokens), 0
         self.tree.clear()
         self._last = self._refused = None
+        self._decoded.clear()
         return ended
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -482,6 +516,10 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         self._decoding = None
         self.running.remove(sequence)
+        self.versions[sequence.version] -= 1
+        if not self.versions[sequence.version]:
+            del self.versions[sequence.version]
+            self._decoded.pop(sequence.version, None)
         self.drawing -= sequence.sampling.temperature > 0
         self.fancy -= not sequence.plain
         if sequence in self.reading:
@@ -502,7 +540,7 @@ class Scheduler:
         if reason != "failed":
             self._index(sequence, tail=True)
         elif not sequence.sampling.edits and sequence.namespace is not None:
-            self.tree.forget(sequence.namespace)  # its pages may be what spoiled its logits
+            self.tree.forget(sequence.space)  # its pages may be what spoiled its logits
         self._leave(sequence)
 
 
