@@ -4,19 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxinfer.compiler.inspect import inspect
     from jaxinfer.errors import JaxinferError
     from jaxinfer.graph import Block, Graph, Leaf, Run, StateGroup
     from jaxinfer.request import Output, Piece, Request, Sampling
     from jaxinfer.runtime.language import LanguageModel
     from jaxinfer.runtime.load import load
+    from jaxinfer.runtime.registry import Registry
+    from jaxinfer.runtime.wrap import endpoint
 
 __version__ = "0.1.0"
-__all__ = ["Block", "Graph", "JaxinferError", "LanguageModel", "Leaf", "Output", "Piece", "Request", "Run",
-           "Sampling", "StateGroup", "load"]
+__all__ = ["Block", "Graph", "JaxinferError", "LanguageModel", "Leaf", "Output", "Piece", "Registry", "Request", "Run",
+           "Sampling", "StateGroup", "endpoint", "inspect", "load"]
 _HOMES = {
     "errors": ("JaxinferError",), "graph": ("Block", "Graph", "Leaf", "Run", "StateGroup"),
     "request": ("Output", "Piece", "Request", "Sampling"), "runtime.language": ("LanguageModel",),
-    "runtime.load": ("load",),
+    "runtime.load": ("load",), "runtime.registry": ("Registry",), "runtime.wrap": ("endpoint",),
+    "compiler.inspect": ("inspect",),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MOST_BUCKETS = 16
@@ -94,3 +96,33 @@ def invariant_ladder(max_rows: int, max_context: int) -> Ladder:
     tokens = -(-max_rows // 16) * 16 + 16
     bucket = Bucket(tokens, max_rows, tokens)
     return Ladder((bucket,), min(tokens, max_context), (bucket,))
+
+
+def fit_rungs(sizes: Mapping[int, int], most: int, rungs: int, least_gain: float) -> tuple[int, ...]:
+    """The ladder up to `most` that pads requests of these sizes (size -> how many came) the least: at most `rungs`
+    rungs, the last of them `most`, and as few as leave no more than the share `least_gain` of the least cost unsaved
+    by one more.
+
+    By dynamic programming over the sizes: cost[j] is that of all sizes up to the j-th, padded to its rung.
+
+    >>> fit_rungs({3: 10, 4: 90, 50: 1}, 64, 3, 0.0)
+    (4, 50, 64)
+    >>> fit_rungs({3: 10, 4: 90, 50: 1}, 64, 3, 0.1)
+    (4, 64)
+    """
+    ends = sorted({size for size, count in sizes.items() if count} | {most})
+    counts = [sizes.get(end, 0) for end in ends]
+    before = [0, *itertools.accumulate(counts)]
+    cost = [end * before[j + 1] for j, end in enumerate(ends)]  # with one rung
+    best, path = [(cost[-1], (most,))], [((end,)) for end in ends]
+    for _ in range(min(rungs, len(ends)) - 1):
+        longer, longer_path = [], []
+        for j, end in enumerate(ends):
+            choices = [(cost[i] + end * (before[j + 1] - before[i + 1]), i) for i in range(j)]
+            value, i = min(choices, default=(cost[j], -1))
+            longer.append(min(value, cost[j]))
+            longer_path.append((*path[i], end) if value < cost[j] else path[j])
+        cost, path = longer, longer_path
+        best.append((cost[-1], path[-1]))
+    least = best[-1][0]
+    return next(path for value, path in best if value <= least * (1 + least_gain))

@@ -1,0 +1,51 @@
+"""Host buffers that batches are written into, used again once their step has completed."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+ALIGNMENT = 64  # bytes: from such an address the CPU backend reads a buffer where it lies, without a copy
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array at a 64-byte boundary.
+
+    >>> aligned((3, 5), "float32").ctypes.data % 64
+    0
+    """
+    dtype = np.dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(count + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start: start + count].view(dtype).reshape(shape)
+
+
+def is_aligned(array: np.ndarray) -> bool:
+    return array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous
+
+
+class Buffers:
+    """Sets of arrays by key. `take` one, and `give` it back when the step that reads it has completed: the CPU backend
+    aliases aligned buffers, and one overwritten earlier would be read half new."""
+
+    def __init__(self):
+        self._free: dict[Hashable, list[list[np.ndarray]]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self.made = self.taken = 0
+
+    def take(self, key: Hashable, specs: Sequence[tuple[tuple[int, ...], Any]]) -> list[np.ndarray]:
+        with self._lock:
+            self.taken += 1
+            if free := self._free[key]:
+                return free.pop()
+            self.made += 1
+        return [aligned(shape, dtype) for shape, dtype in specs]
+
+    def give(self, key: Hashable, arrays: list[np.ndarray]) -> None:
+        with self._lock:
+            self._free[key].append(arrays)

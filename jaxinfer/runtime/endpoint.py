@@ -1,0 +1,83 @@
+"""An endpoint: any pure function behind a queue and a dynamic batcher, compiled once per padded shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from jaxinfer.compiler.buckets import fit_rungs
+from jaxinfer.compiler.functions import Functions
+from jaxinfer.errors import InvalidRequest
+from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.door import Door
+from jaxinfer.runtime.padded import BATCH, Cargo, Ladders, NanPolicy, PaddedWork, has_nan
+from jaxinfer.runtime.runner import Runner
+from jaxinfer.runtime.served import Served
+from jaxinfer.runtime.versions import Version
+from jaxinfer.scheduler.batcher import Batcher
+
+
+class Endpoint(Served):
+    """What `jaxinfer.endpoint` returns. Call it with one request, as the example shows it, without the batch axis: the
+    result is what the function gives for it alone.
+
+    An array at a 64-byte boundary may be read where it lies: leave it as it is until its result has come.
+    """
+
+    _work: PaddedWork
+
+    def __init__(self, functions: Functions, params: Any, door: Door, ladders: Ladders, *, max_delay: float,
+                 max_waiting: int, nan: NanPolicy, name: str):
+        self.functions, self._door, self._nan = functions, door, nan
+        self.graph: Any = None  # of an ONNX file
+        self._named = {dim for leaf in functions.leaves for dim in leaf.shape if isinstance(dim, str)}
+        work = PaddedWork(functions, Version(1, params), ladders, nan)
+        batcher = Batcher(ladders.axes.get(BATCH, (1,))[-1], max_delay, work.cost)
+        super().__init__(Runner(work, batcher, Admission(max_waiting), name), work, functions, params, name)
+
+    def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int, Cargo]:
+        arrays, sizes = self._door.enter(args, kwargs)
+        flagged: tuple[str, ...] = ()
+        if self._nan != "pass":
+            flagged = tuple(leaf.path for leaf, array in zip(self._door.leaves, arrays, strict=True) if has_nan(array))
+            if flagged and self._nan == "reject":
+                raise InvalidRequest(f"{', '.join(flagged)} has NaN in it, and this endpoint rejects NaN")
+        return self._work.ladders.padded(sizes) if sizes else (), 1, Cargo(arrays, sizes, flagged)
+
+    def map(self, requests: Iterable[Any], **options: Any) -> list[Any]:
+        """The results of many requests, in their order; each is a single argument, or a dict of named ones. Waits for
+        room in the queue where it is full."""
+        named = bool(self._door.names)
+        asked = [((), r) if named and isinstance(r, dict) else ((r,), {}) for r in requests]
+        return self._many(asked, options)
+
+    @property
+    def ladders(self) -> dict[str, tuple[int, ...]]:
+        """The rungs of each padded axis; "B" is the requests of a batch."""
+        return dict(self._work.ladders.axes)
+
+    def warmup(self) -> None:
+        """Compile every Executable now, so that no request waits for a compile afterwards."""
+        for future in self.functions.prepare(*self._work.ladders.keys(self._named)):
+            future.result()
+
+    def refit(self, rungs: int = 8, least_gain: float = 0.05) -> dict[str, tuple[int, ...]]:
+        """Choose the ladders that would have padded the requests so far the least, with at most `rungs` for each axis,
+        and as few as leave no more than the share `least_gain` of what is computed to be saved: each is a compile. They
+        are compiled while the old ones serve, which they replace between two batches. Returns the new ladders."""
+        old, seen = self._work.ladders, self._work.sizes
+        axes = {name: fit_rungs(seen[name], rungs_now[-1], rungs, least_gain) if seen.get(name) else rungs_now
+                for name, rungs_now in old.axes.items()}
+        new = Ladders(axes)
+        for future in self.functions.prepare(*new.keys(self._named)):
+            future.result()
+        self._runner.call(partial(self._change_ladders, new))
+        return axes
+
+    def _change_ladders(self, ladders: Ladders) -> None:
+        """Between two batches: what waits is measured anew."""
+        self._work.ladders, batcher = ladders, self._runner.batcher
+        for ask in batcher.take_all():
+            ask.shape = ladders.padded(ask.payload.sizes)
+            batcher.submit(ask)

@@ -1,0 +1,230 @@
+"""The thread of everything that is stateless: it batches requests, keeps the device busy, and hands results back."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from jaxinfer import events
+from jaxinfer.errors import Closed, Expired, StepFailed
+from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.replies import wake_loops
+from jaxinfer.runtime.timer import TIMER
+from jaxinfer.scheduler.batcher import Ask, Batcher
+
+AHEAD = 2  # batches that the device has at once: one that it computes, and one to follow
+
+
+@dataclass
+class Flight:
+    """A batch that the device computes. `work` is what its maker needs to collect it."""
+
+    asks: list[Ask]
+    version: int
+    work: Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one request of a batch; `flagged` names arrays with NaN in them."""
+
+    value: Any = None
+    error: BaseException | None = None
+    flagged: tuple[str, ...] = ()
+
+
+class Work(Protocol):
+    """What a runner runs."""
+
+    def dispatch(self, asks: list[Ask]) -> Flight:
+        """Pack the requests and launch them; waits for nothing but compiles."""
+        ...
+
+    def collect(self, flight: Flight) -> list[Result]:
+        """Wait for a batch, and take it apart."""
+        ...
+
+
+class Runner:
+    """Owns a queue, a batcher and a thread. Each request ends once: whoever takes it out of `_open` tells its
+    caller."""
+
+    def __init__(self, work: Work, batcher: Batcher, queue: Admission, name: str):
+        self.work, self.batcher, self.queue, self.name = work, batcher, queue, name
+        self.requests = self.batches = 0
+        self._open: dict[int, Ask] = {}
+        self._inbox: deque[Callable[[], object]] = deque()
+        self._wake, self._sleeping, self._closing = threading.Condition(), False, False
+        self._flying: deque[Flight] = deque()
+        self._thread = threading.Thread(target=self._loop, name=f"jaxinfer-{name}", daemon=True)
+        self._thread.start()
+
+    # From any thread.
+
+    def submit(self, ask: Ask, queue_timeout: float | None = None, timeout: float | None = None,
+               wait: bool = False) -> None:
+        """Queue a request, or raise Rejected or Closed; with `wait`, block until there is room."""
+        id = ask.order[1]
+        patience = min((s for s in (queue_timeout, timeout) if s is not None), default=None)
+        self.queue.enter({id: ask.size}, wait, patience)
+        self._open[id] = ask
+        for name, seconds in (("queue_timeout", queue_timeout), ("timeout", timeout)):
+            if seconds is not None:
+                TIMER.call_at(ask.at + seconds, partial(_expire, weakref.ref(self), id, name, seconds))
+        self._post(lambda: self.batcher.submit(ask))
+        if self._closing:  # it may have slipped in behind the end
+            self._finish(id, Result(error=Closed()))
+
+    def withdraw(self, id: int) -> bool:
+        """Take a request back; False if its caller has been told, or will be."""
+        ask = self._open.pop(id, None)
+        if ask is not None:
+            self._leave(ask, "cancelled")
+        return ask is not None
+
+    def expire(self, id: int, name: str, seconds: float) -> None:
+        """A request's time is up."""
+        ask = self._open.get(id)
+        if ask is None or (name == "queue_timeout" and not self.queue.holds(id)) or not self._open.pop(id, None):
+            return
+        self._leave(ask, "expired")
+        ask.sink.finish(None, Expired(f"{name} of {seconds:g} s is over"), None, ())
+        wake_loops([ask.sink])
+
+    def _leave(self, ask: Ask, reason: str) -> None:
+        self.queue.leave([ask.order[1]])
+        self._post(lambda: self.batcher.cancel(ask))
+        events.emit(events.RequestEnded(ask.order[1], reason, 0, 0))
+
+    def _post(self, action: Callable[[], object]) -> None:
+        self._inbox.append(action)
+        if self._sleeping:
+            with self._wake:
+                self._wake.notify()
+
+    def call(self, action: Callable[[], Any]) -> None:
+        """Run `action` on the runner's thread, between two batches, and wait for it."""
+        done = threading.Event()
+        self._post(lambda: (action(), done.set()))
+        while not done.wait(0.1):
+            if not self._thread.is_alive():
+                raise Closed()
+
+    @property
+    def closed(self) -> bool:
+        return self._closing
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self.queue.waiting or self._open)
+
+    def close(self) -> None:
+        """Stop after the batches that run now; what waits fails with Closed."""
+        self.queue.close()
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # In the runner's thread.
+
+    def _loop(self) -> None:
+        try:
+            while not self._closing:
+                self._sleep()
+                while self._inbox:
+                    self._inbox.popleft()()
+                self._turn()
+            while self._flying:
+                self._collect(self._flying.popleft())
+        except BaseException:
+            traceback.print_exc()
+        self._closing = True
+        self.queue.close()
+        for id in tuple(self._open):
+            self._finish(id, Result(error=Closed("the model was closed while this request was waiting")))
+
+    def _sleep(self) -> None:
+        """Until there is something to do."""
+        with self._wake:
+            self._sleeping = True
+            while not (self._inbox or self._closing or self._flying or self.batcher.queues):
+                self._wake.wait()
+            self._sleeping = False
+
+    def _turn(self) -> None:
+        """Launch a batch that is due, behind the one that the device computes if need be; else read one back."""
+        asks = []
+        if len(self._flying) < AHEAD:
+            asks = self.batcher.take(time.perf_counter(), idle=not self._flying)
+        if asks:
+            self.queue.leave([ask.order[1] for ask in asks])
+            self._launch([ask for ask in asks if ask.order[1] in self._open])
+        elif self._flying:
+            self._collect(self._flying.popleft())
+
+    def _launch(self, asks: list[Ask]) -> None:
+        if not asks:
+            return
+        try:
+            self._flying.append(self.work.dispatch(asks))
+        except Exception as error:
+            self._retry(asks, error)
+
+    def _collect(self, flight: Flight) -> None:
+        try:
+            results = self.work.collect(flight)
+        except Exception as error:
+            self._retry(flight.asks, error)
+            return
+        self._tell(flight, results)
+
+    def _retry(self, asks: list[Ask], error: Exception) -> None:
+        """A batch failed: each of its requests is tried once more, alone, so that one cannot harm the others."""
+        for ask in asks:
+            if len(asks) > 1:
+                try:
+                    flight = self.work.dispatch([ask])
+                    self._tell(flight, self.work.collect(flight))
+                    continue
+                except Exception as again:
+                    error = again
+            failure = StepFailed(f"the function failed{' twice' if len(asks) > 1 else ''}: {error}")
+            failure.__cause__ = error
+            self._finish(ask.order[1], Result(error=failure))
+
+    def _tell(self, flight: Flight, results: Iterable[Result]) -> None:
+        self.batches += 1
+        told = [ask.sink for ask, result in zip(flight.asks, results, strict=True)
+                if self._finish(ask.order[1], result, flight.version, wake=False)]
+        wake_loops(told)
+
+    def _finish(self, id: int, result: Result, version: int | None = None, wake: bool = True) -> bool:
+        ask = self._open.pop(id, None)
+        if ask is None:
+            return False
+        self.requests += 1
+        if wake:
+            self.queue.leave([id])
+        events.emit(events.RequestEnded(id, "failed" if result.error else "stop", 0, 0))
+        try:
+            ask.sink.finish(result.value, result.error, version, result.flagged)
+        except BaseException:  # a done callback's: sys.exit() as well
+            traceback.print_exc()
+        if wake:
+            wake_loops([ask.sink])
+        return True
+
+
+def _expire(runner: Callable[[], Runner | None], id: int, name: str, seconds: float) -> None:
+    if found := runner():
+        found.expire(id, name, seconds)

@@ -1,0 +1,190 @@
+"""What all stateless models are to their callers: ask and wait, ask for a future, ask in asyncio; swap, look, close."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+from typing import Any, Protocol
+
+import jax
+
+from jaxinfer.compiler import Ledger
+from jaxinfer.compiler.programs import Programs
+from jaxinfer.request import check_options
+from jaxinfer.runtime.replies import Reply, Task, Waiter
+from jaxinfer.runtime.runner import Runner, Work
+from jaxinfer.runtime.versions import Version, check_like
+from jaxinfer.scheduler import AGEING
+from jaxinfer.scheduler.batcher import Ask
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """`waiting` requests; `requests` that ended, and `batches` that ran; bytes that came in, and were copied on their
+    way to the device; the `version` of the weights that new batches run on."""
+
+    waiting: int
+    requests: int
+    batches: int
+    bytes_in: int
+    bytes_copied: int
+    version: int
+
+
+class VersionedWork(Work, Protocol):
+    """Work on weights that can be replaced: each batch reads `version` once."""
+
+    version: Version
+    bytes_in: int
+    bytes_copied: int
+
+
+class Served:
+    """A stateless model behind a queue and a dynamic batcher. Safe to use from any number of threads and event loops
+    at once. `priority`, `queue_timeout` and `timeout` of each request are as in `jaxinfer.Request`.
+
+    Raises InvalidRequest (before anything is queued), Rejected (the queue is full), Expired, StepFailed or Closed.
+    """
+
+    def __init__(self, runner: Runner, work: VersionedWork, programs: Programs, params: Any, name: str):
+        self.name = name
+        self._runner, self._work, self._programs, self._like = runner, work, programs, jax.eval_shape(lambda: params)
+        self._ids = itertools.count(1)
+        self._shut = weakref.finalize(self, _shut, runner, programs)
+
+    def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int, Any]:
+        """What a request is to the batcher: its shape, its size and its payload. Raises InvalidRequest."""
+        raise NotImplementedError
+
+    # Asking.
+
+    def __call__(self, *args: Any, priority: int = 0, queue_timeout: float | None = None,
+                 timeout: float | None = None, **kwargs: Any) -> Any:
+        """The result of one request."""
+        waiter = Waiter()
+        ask = self._submit(waiter, args, kwargs, priority, queue_timeout, timeout)
+        try:
+            return waiter.wait()
+        except KeyboardInterrupt:
+            self._runner.withdraw(ask.order[1])
+            raise
+
+    def submit(self, *args: Any, priority: int = 0, queue_timeout: float | None = None,
+               timeout: float | None = None, **kwargs: Any) -> Reply:
+        """Queue a request and return at once: the `Reply` is a future, and an awaitable."""
+        reply = Reply()
+        ask = self._submit(reply, args, kwargs, priority, queue_timeout, timeout)
+        reply.withdraw = partial(self._runner.withdraw, ask.order[1])
+        return reply
+
+    async def asubmit(self, *args: Any, priority: int = 0, queue_timeout: float | None = None,
+                      timeout: float | None = None, **kwargs: Any) -> Any:
+        """`__call__` for asyncio; cancelling the task cancels the request."""
+        task = Task()
+        ask = self._submit(task, args, kwargs, priority, queue_timeout, timeout)
+        try:
+            return await task.future
+        finally:
+            if not task.future.done() or task.future.cancelled():
+                self._runner.withdraw(ask.order[1])
+
+    def _submit(self, sink: Any, args: tuple, kwargs: dict[str, Any], priority: int, queue_timeout: float | None,
+                timeout: float | None, wait: bool = False) -> Ask:
+        if priority or queue_timeout is not None or timeout is not None:
+            check_options(priority=priority, queue_timeout=queue_timeout, timeout=timeout)
+        shape, size, payload = self._enter(args, kwargs)
+        now = time.perf_counter()
+        ask = Ask(shape, (priority * AGEING + now, next(self._ids)), now, inf if timeout is None else now + timeout,
+                  size, payload, sink)
+        self._runner.submit(ask, queue_timeout, timeout, wait)
+        return ask
+
+    def _many(self, requests: list[tuple[tuple, dict[str, Any]]], options: dict[str, Any]) -> list[Any]:
+        """The results of many requests, in their order; waits for room in the queue where it is full."""
+        replies: list[Reply] = []
+        how = {"priority": 0, "queue_timeout": None, "timeout": None, **options}
+        try:
+            for args, kwargs in requests:
+                replies.append(Reply())
+                ask = self._submit(replies[-1], args, kwargs, **how, wait=True)
+                replies[-1].withdraw = partial(self._runner.withdraw, ask.order[1])
+            return [reply.result() for reply in replies]
+        finally:
+            for reply in replies:
+                reply.cancel()
+
+    # Weights.
+
+    @property
+    def params(self) -> Any:
+        """The weights that new batches run on."""
+        return self._work.version.params
+
+    @property
+    def version(self) -> int:
+        """The number of these weights: 1, and one more with every swap."""
+        return self._work.version.number
+
+    def swap(self, params: Any) -> int:
+        """Run new batches on other weights of the same structure, shapes and dtypes, with no compile; batches that run
+        now end on the old ones. Returns the new version's number. Raises InvalidOption if they do not match."""
+        check_like(params, self._like)
+        self._work.version = Version(self.version + 1, jax.device_put(params, self.device))
+        return self.version
+
+    def renumber(self, version: int) -> None:
+        """Count versions from here: a registry's numbers are its own."""
+        self._work.version = self._work.version._replace(number=version)
+
+    # Looking.
+
+    @property
+    def device(self) -> jax.Device:
+        return next(iter(self._programs.sharding.device_set))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, and of what the largest Executable needs beside them."""
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        return weights + max((entry.bytes for entry in self.ledger), default=0)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Every Executable: where it came from, what it cost, how it was used."""
+        return self._programs.ledger
+
+    @property
+    def stats(self) -> Statistics:
+        """What the model is doing, and has done so far."""
+        runner, work = self._runner, self._work
+        return Statistics(runner.queue.waiting, runner.requests, runner.batches, work.bytes_in, work.bytes_copied,
+                          self.version)
+
+    # Living.
+
+    def drain(self, seconds: float = 60.0) -> None:
+        """Refuse what comes from now on, wait until what is here has ended (or for so many seconds), and close."""
+        self._runner.queue.close()
+        end = time.monotonic() + seconds
+        while self._runner.busy and time.monotonic() < end:
+            time.sleep(0.002)
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back: what waits fails with `Closed`. Closing twice does no harm."""
+        self._shut()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _shut(runner: Runner, programs: Programs) -> None:
+    runner.close()
+    programs.close()

@@ -1,0 +1,43 @@
+"""One thread for all deadlines: they pass when they pass, not when a batch happens to end."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+
+class Timer:
+    """Calls back at given times (of `time.perf_counter`), from a thread that starts with the first of them."""
+
+    def __init__(self):
+        self._calls: list[tuple[float, int, Callable[[], object]]] = []
+        self._numbers, self._wake = itertools.count(), threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def call_at(self, when: float, act: Callable[[], object]) -> None:
+        with self._wake:
+            heapq.heappush(self._calls, (when, next(self._numbers), act))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="jaxinfer-timer", daemon=True)
+                self._thread.start()
+            elif self._calls[0][2] is act:
+                self._wake.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self._calls or self._calls[0][0] > time.perf_counter():
+                    self._wake.wait(self._calls[0][0] - time.perf_counter() if self._calls else None)
+                act = heapq.heappop(self._calls)[2]
+            try:
+                act()
+            except BaseException:
+                traceback.print_exc()
+            del act  # who is called back may be kept alive by nobody else
+
+
+TIMER = Timer()

@@ -1,0 +1,546 @@
+"""Endpoints: whatever the pytrees, the shapes, the order of arrival and the company, each caller gets what the function
+gives for its request alone; and whoever is refused or ends otherwise harms nobody."""
+
+import asyncio
+import gc
+import threading
+import time
+from concurrent.futures import CancelledError, wait
+from dataclasses import dataclass
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxinfer as ji
+from jaxinfer import events
+from jaxinfer.errors import Closed, Expired, InvalidOption, InvalidRequest, Rejected, RequestFailed, StepFailed
+from tests.running import endings, eventually
+
+
+def mlp(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+def mlp_params(seed=0, wide=16):
+    rng = np.random.default_rng(seed)
+    return {"w": rng.normal(size=(8, wide)).astype(np.float32), "v": rng.normal(size=(wide, 3)).astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def f():
+    with ji.endpoint(mlp, mlp_params(), example={"x": np.zeros(8, np.float32)}, max_batch=8) as f:
+        yield f
+
+
+def alone(x, params=None):
+    return np.asarray(mlp(params or mlp_params(), np.asarray(x, np.float32)[None])[0])
+
+
+class Held:
+    """An endpoint whose batches, of these sizes, are read back only when they are let go, as if the device were
+    busy."""
+
+    def __init__(self):
+        self.go, self.running, self.sizes = threading.Event(), threading.Event(), []
+
+    def endpoint(self, **options):
+        f = ji.endpoint(lambda x: x + 0, example=np.zeros(2, np.float32), **{"max_batch": 4, **options})
+        f.warmup()
+        collect = f._work.collect
+
+        def hold(flight):
+            self.running.set()
+            self.sizes.append(len(flight.asks))
+            self.go.wait(30)
+            return collect(flight)
+
+        f._work.collect = hold
+        return f
+
+
+# What comes back.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_way_to_ask_gives_what_the_function_gives_alone(f, seed):
+    x = np.random.default_rng(seed).normal(size=8).astype(np.float32)
+    expected = alone(x)
+    reply = f.submit(x)
+    results = [f(x), f(x=x), f(x.tolist()), f(jnp.asarray(x)), reply.result(10), *f.map([x, {"x": x}])]
+
+    async def ask():
+        return [await f.asubmit(x), await f.submit(x=x)]
+
+    for result in (*results, *asyncio.run(ask())):
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+    assert reply.version == f.version == 1
+
+
+@settings(max_examples=10)
+@given(data=st.data())
+def test_company_and_order_change_nothing(f, data):
+    seeds = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=40))
+    asked = [np.random.default_rng(seed).normal(size=8).astype(np.float32) for seed in seeds]
+    for x, result in zip(asked, f.map(asked), strict=True):
+        np.testing.assert_allclose(result, alone(x), rtol=1e-5, atol=1e-6)
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Pair:
+    left: np.ndarray
+    right: np.ndarray
+
+
+LEAVES = st.sampled_from(("float32", "bfloat16", "int32", "int8", "uint8", "bool", "float16"))
+TREES = st.recursive(st.tuples(st.lists(st.integers(1, 3), max_size=2), LEAVES), lambda inner: st.one_of(
+    st.dictionaries(st.sampled_from("abc"), inner, min_size=1, max_size=3), st.tuples(inner, inner).map(list),
+    st.tuples(inner, inner).map(lambda pair: Pair(*pair))), max_leaves=4)
+IS_LEAF = lambda x: type(x) is tuple
+
+
+@settings(max_examples=8)
+@given(tree=TREES, data=st.data())
+def test_any_pytree_goes_in_and_comes_out(tree, data):
+    rng = np.random.default_rng(0)
+    make = lambda spec: np.asarray(rng.integers(0, 2, spec[0])).astype(jnp.dtype(spec[1]))
+    draw = lambda: jax.tree.map(make, tree, is_leaf=IS_LEAF)
+
+    def call(tree):
+        total = sum(x.astype(jnp.float32).reshape(x.shape[0], -1).sum(1) for x in jax.tree.leaves(tree))
+        return {"same": tree, "total": total}
+
+    with ji.endpoint(call, example=(draw(),), max_batch=4) as f:
+        asked = [draw() for _ in range(data.draw(st.integers(1, 9)))]
+        for request, result in zip(asked, f.map(asked), strict=True):
+            assert jax.tree.structure(result["same"]) == jax.tree.structure(request)
+            for before, after in zip(jax.tree.leaves(request), jax.tree.leaves(result["same"]), strict=True):
+                assert after.dtype == before.dtype and np.array_equal(after, before)
+            assert float(result["total"]) == sum(float(x.astype(np.float32).sum()) for x in jax.tree.leaves(request))
+
+
+def read(params, ids, mask):
+    """A toy encoder: junk in padded places would show in every result."""
+    x_BLD = params["table"][ids] * mask[..., None]
+    return {"tokens": jnp.cumsum(x_BLD, 1), "pooled": x_BLD.sum(1) / mask.sum(1, keepdims=True), "pairs": x_BLD[:, 1:]}
+
+
+@settings(max_examples=8)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_ragged_axes_are_padded_and_cut_again(lengths, seed):
+    rng = np.random.default_rng(seed)
+    params = {"table": rng.normal(size=(50, 4)).astype(np.float32)}
+    example = {"ids": np.zeros(40, np.int32), "mask": np.ones(40, np.float32)}
+    ragged = {"ids": {0: "length"}, "mask": {0: "length"}}
+    with ji.endpoint(read, params, example=example, ragged=ragged, pad={"ids": 7}, max_batch=4) as f:
+        assert f.ladders["length"] == (16, 32, 40)
+        asked = [{"ids": rng.integers(0, 50, n).astype(np.int32), "mask": np.ones(n, np.float32)} for n in lengths]
+        for request, result in zip(asked, f.map(asked), strict=True):
+            expected = read(params, request["ids"][None], request["mask"][None])
+            for name in expected:
+                assert result[name].shape == expected[name][0].shape
+                np.testing.assert_allclose(result[name], expected[name][0], rtol=1e-5, atol=1e-5)
+
+
+def test_an_axis_without_rungs_is_not_padded():
+    with ji.endpoint(lambda x: x.mean(1), example=np.zeros(5, np.float32), ragged={"0": {0: "n"}},
+                     ladders={"n": None}, max_batch=4) as f:
+        for n in (3, 5, 9):
+            assert float(f(np.arange(n, dtype=np.float32))) == (n - 1) / 2
+        assert {e.name for e in f.ledger if e.hits} == {f"apply[B=1,n={n}]" for n in (3, 5, 9)}
+
+
+@pytest.mark.parametrize("axis, out_axis", [(1, 1), (None, 0), ({"x": 1}, 1)])
+def test_the_batch_may_be_elsewhere_or_nowhere(axis, out_axis):
+    def call(x):
+        return jnp.cumsum(x, 0)
+
+    with ji.endpoint(call, example={"x": np.zeros(3, np.float32)}, axis=axis, out_axis=out_axis, max_batch=4) as f:
+        asked = [np.random.default_rng(i).normal(size=3).astype(np.float32) for i in range(7)]
+        for x, result in zip(asked, f.map(asked), strict=True):
+            np.testing.assert_allclose(result, np.cumsum(x), rtol=1e-6)
+
+
+def test_scalars_are_requests():
+    with ji.endpoint(lambda a, b: a + b, example={"a": 0, "b": 0.0}, max_batch=4) as f:
+        assert float(f(2, b=0.5)) == 2.5 and float(f(a=np.int32(3), b=1)) == 4.0
+
+
+def test_flax_modules_are_taken_as_they_are():
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    module = nnx.Linear(8, 3, rngs=nnx.Rngs(0))
+    dense = linen.Dense(3)
+    variables = dense.init(jax.random.key(0), x)
+    for f, expected in ((ji.endpoint(module, example=x[0], max_batch=4), module(x)),
+                        (ji.endpoint(dense, variables, example=x[0], max_batch=4), dense.apply(variables, x)),
+                        (ji.endpoint(dense, variables["params"], example=x[0]), dense.apply(variables, x))):
+        with f:
+            np.testing.assert_allclose(f.map(x), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InvalidOption, match="no variables of its own"):
+        ji.endpoint(dense, example=x[0])
+    with pytest.raises(InvalidOption, match="has its own variables"):
+        ji.endpoint(module, variables, example=x[0])
+
+
+def test_padding_is_inert(f):
+    """Promise 1: a batch of three in four places; the fourth may hold anything."""
+    pack, junk = f._work._pack, []
+
+    def poisoned(asks, key):
+        arrays, buffers = pack(asks, key)
+        for array in arrays:
+            array[len(asks):] = np.nan
+            junk.append(len(array) - len(asks))
+        return arrays, buffers
+
+    f._work._pack = poisoned
+    try:
+        asked = [np.full(8, i, np.float32) for i in range(13)]
+        for x, result in zip(asked, f.map(asked), strict=True):
+            np.testing.assert_allclose(result, alone(x), rtol=1e-5, atol=1e-6)
+        assert sum(junk) > 0, "nothing was padded: nothing was tested"
+    finally:
+        f._work._pack = pack
+
+
+def test_a_result_is_the_callers_own(f):
+    results = f.map([np.ones(8, np.float32)] * 3)
+    results[0] += 1
+    assert np.array_equal(results[1], results[2]) and not np.array_equal(results[0], results[1])
+
+
+def test_memory_at_a_boundary_is_read_where_it_lies(f):
+    from jaxinfer.runtime.buffers import aligned
+
+    x = aligned((8,), np.float32)
+    x[:] = 1
+    before = f.stats
+    f(x)
+    assert (f.stats.bytes_in - before.bytes_in, f.stats.bytes_copied - before.bytes_copied) == (32, 0)
+    f.map([x] * 8)
+    assert f.stats.bytes_copied > before.bytes_copied, "a batch of several is put together"
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("args, kwargs, message", [
+    ((np.zeros(7, np.float32),), {}, r"x is float32\[7\]; it must be float32\[8\]"),
+    ((np.zeros((1, 8), np.float32),), {}, r"x is float32\[1, 8\]; it must be float32\[8\], for one request"),
+    ((np.zeros(8, np.complex64),), {}, r"x is complex64\[8\]; it must be float32\[8\]"),
+    ((np.zeros(8, np.int32),), {}, r"x is int32\[8\]; it must be float32\[8\]"),
+    (("text",), {}, r"x is <U4\[\]; it must be float32\[8\]"),
+    (([[1], [2, 3]],), {}, "x is a list, which is no array"),
+    ((), {}, "arguments are missing: x"),
+    ((), {"x": np.zeros(8, np.float32), "y": 1}, "arguments are unknown: y"),
+    ((np.zeros(8, np.float32),), {"x": 1}, "arguments are given twice: x"),
+    ((1, 2), {}, "2 arguments were given; there are 1"),
+    ((np.zeros(8, np.float32),), {"timeout": -1}, "timeout is -1; it must be seconds > 0"),
+    ((np.zeros(8, np.float32),), {"priority": 1000}, "priority is 1000"),
+])
+def test_what_does_not_fit_is_refused_at_the_door(f, args, kwargs, message):
+    before = f.stats.requests
+    with pytest.raises(InvalidRequest, match=message):
+        f(*args, **kwargs)
+    assert f.stats.requests == before and f.stats.waiting == 0
+
+
+@pytest.mark.parametrize("fn, options, message", [
+    (lambda x: x.sum(), {}, r"the output has shape \[\] for a batch of 2.*must have the batch as its axis 0"),
+    (lambda x: {"y": x, "z": x.T}, {}, r"\['z'\] has shape \[4, 2\] for a batch of 2"),
+    (lambda x: x @ jnp.ones((3, 3)), {}, "cannot be traced for a batch"),
+    (lambda x: x, {"axis": 2}, "axis of x is 2; it must be 0 to 1"),
+    (lambda x: x, {"ragged": {"y": {0: "n"}}}, r"ragged names \['y'\]; the example's arrays are \['x'\]"),
+    (lambda x: x, {"ragged": {"x": {3: "n"}}}, "it must map axes of it to names"),
+    (lambda x: x, {"pad": {"y": 0}}, r"pad names \['y'\]"),
+    (lambda x: x, {"ladders": {"n": (1,)}}, r"ladders names \['n'\]; the axes are \['B'\]"),
+    (lambda x: x, {"ladders": {"B": (4, 2)}}, "must be rising sizes"),
+    (lambda x: x, {"max_batch": 0}, "max_batch is 0"),
+    (lambda x: x, {"max_delay": -1}, "max_delay is -1"),
+    (lambda x: x, {"nan": "maybe"}, "nan is 'maybe'"),
+    (lambda x: x, {"example": {"timeout": 1}}, "arguments cannot be called timeout"),
+    (lambda x: x, {"example": {"x": "text"}}, "example's x is a str"),
+    (7, {}, "fn is a int; it must be a function or a Flax module"),
+])
+def test_what_contradicts_itself_is_no_endpoint(fn, options, message):
+    with pytest.raises(InvalidOption, match=message):
+        ji.endpoint(fn, **{"example": {"x": np.zeros(4, np.float32)}, **options})
+
+
+def test_nan_passes_is_flagged_or_is_rejected():
+    example, bad, good = np.zeros(2, np.float32), np.array([1, np.nan], np.float32), np.ones(2, np.float32)
+    divide = lambda x: {"y": x / x[:, ::-1]}
+    asked = {"pass": (bad, good), "flag": (bad, np.zeros(2, np.float32)), "reject": (bad, np.zeros(2, np.float32))}
+    for policy, (first, second) in asked.items():
+        with ji.endpoint(divide, example=example, max_batch=2, nan=policy) as f:
+            if policy == "pass":
+                assert np.isnan(f(first)["y"]).all() and f.submit(first).result(10) and f.submit(second).flagged == ()
+                continue
+            if policy == "flag":
+                replies = [f.submit(first), f.submit(second), f.submit(good)]
+                assert all(reply.result(10) for reply in replies)
+                assert [r.flagged for r in replies] == [("0", "output y"), ("output y",), ()]
+                continue
+            with pytest.raises(InvalidRequest, match="0 has NaN in it"):
+                f(first)
+            with pytest.raises(RequestFailed, match="output y has NaN in it"):
+                f(second)
+            assert f(good)["y"].tolist() == [1, 1]
+
+
+# When a batch closes.
+
+
+def test_an_idle_device_takes_what_there_is_and_a_busy_one_gathers():
+    held = Held()
+    with held.endpoint(max_delay=60) as f:
+        first = f.submit(np.zeros(2, np.float32))
+        assert held.running.wait(10), "a lone request waited for company"
+        others = [f.submit(np.full(2, i, np.float32)) for i in range(6)]
+        time.sleep(0.1)
+        held.go.set()
+        assert [r.result(10).tolist() for r in (first, *others)] == [[0, 0], *([i, i] for i in range(6))]
+        assert sorted(held.sizes) == [1, 2, 4]
+
+
+def test_lower_priorities_go_first():
+    held, order = Held(), []
+    with held.endpoint(max_batch=1, max_delay=0.0) as f:
+        first = f.submit(np.zeros(2, np.float32))
+        assert held.running.wait(10)
+        second = f.submit(np.zeros(2, np.float32), priority=-5)  # where the device takes a second one, this is it
+        time.sleep(0.1)
+        replies = {p: f.submit(np.zeros(2, np.float32), priority=p) for p in (3, -1, 0)}
+        for p, reply in replies.items():
+            reply.add_done_callback(lambda _, p=p: order.append(p))
+        held.go.set()
+        wait([first, second, *replies.values()], 10)
+    assert order == [-1, 0, 3]
+
+
+# Bounds, deadlines, cancels.
+
+
+def test_a_full_queue_rejects_and_map_waits():
+    held = Held()
+    with held.endpoint(max_waiting=3, max_batch=1, max_delay=0) as f:
+        replies = [f.submit(np.zeros(2, np.float32))]
+        assert held.running.wait(10)
+        replies += [f.submit(np.zeros(2, np.float32)) for _ in range(3)]
+        with pytest.raises(Rejected, match="3 requests wait, and max_waiting=3") as caught:
+            f.submit(np.zeros(2, np.float32))
+        assert caught.value.queue_length == 3 and caught.value.retry_after > 0
+        held.go.set()
+        assert [r.result(10).tolist() for r in replies] == [[0, 0]] * 4
+        asked = [np.full(2, i, np.float32) for i in range(20)]
+        assert np.array_equal(f.map(asked), asked)
+
+
+@pytest.mark.parametrize("name", ["timeout", "queue_timeout"])
+def test_deadlines_fire_while_a_batch_runs(name):
+    held = Held()
+    with held.endpoint(max_batch=1, max_delay=0) as f, endings() as ended:
+        running = [f.submit(np.zeros(2, np.float32))]
+        assert held.running.wait(10)
+        late, start = f.submit(np.zeros(2, np.float32), **{name: 0.2}), time.perf_counter()
+        with pytest.raises(Expired, match=f"{name} of 0.2 s is over"):
+            late.result(10)
+        assert 0.1 < time.perf_counter() - start < 3 and not held.go.is_set()
+        assert f.stats.waiting == 0
+        held.go.set()
+        wait(running, 10)
+        assert sorted(e.reason for e in ended) == ["expired", "stop"]
+
+
+def test_a_queue_timeout_is_over_once_the_batch_runs():
+    held = Held()
+    with held.endpoint() as f:
+        reply = f.submit(np.ones(2, np.float32), queue_timeout=0.1)
+        assert held.running.wait(10)
+        time.sleep(0.3)
+        held.go.set()
+        assert reply.result(10).tolist() == [1, 1]
+
+
+def test_a_cancelled_request_leaves_at_once():
+    held = Held()
+    with held.endpoint(max_batch=1, max_delay=0) as f, endings() as ended:
+        running = [f.submit(np.zeros(2, np.float32))]
+        assert held.running.wait(10)
+        reply = f.submit(np.zeros(2, np.float32))
+        assert reply.cancel() and wait([reply], 10).done and f.stats.waiting == 0
+        with pytest.raises(CancelledError):
+            reply.result()
+
+        async def give_up():
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(f.asubmit(np.zeros(2, np.float32)), 0.1)
+            assert f.stats.waiting == 0
+
+        asyncio.run(give_up())
+        held.go.set()
+        assert all(r.result(10) is not None for r in running) and not running[0].cancel()
+        assert sorted(e.reason for e in ended) == ["cancelled", "cancelled", "stop"]
+
+
+def test_thousands_of_callers_share_one_endpoint(f):
+    asked = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
+
+    async def ask():
+        return await asyncio.gather(*(f.asubmit(x) for x in asked))
+
+    expected = np.asarray(mlp(mlp_params(), asked))
+    np.testing.assert_allclose(asyncio.run(ask()), expected, rtol=1e-4, atol=1e-5)
+    results = [None] * 200
+    threads = [threading.Thread(target=lambda i=i: results.__setitem__(i, f(asked[i]))) for i in range(200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    np.testing.assert_allclose(results, expected[:200], rtol=1e-4, atol=1e-5)
+
+
+# What goes wrong.
+
+
+def test_a_request_that_breaks_its_batch_fails_alone():
+    def refuse(x):
+        if (x == 13).any():
+            raise ValueError("unlucky")
+        return x
+
+    def call(x):
+        return jax.pure_callback(refuse, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    with ji.endpoint(call, example=np.zeros(2, np.float32), max_batch=8) as f, endings() as ended:
+        f.warmup()
+        replies = [f.submit(np.full(2, i, np.float32)) for i in range(10, 20)]
+        errors = [reply.exception(20) for reply in replies]
+        assert [isinstance(e, StepFailed) for e in errors] == [i == 13 for i in range(10, 20)]
+        assert [r.result().tolist() for r, e in zip(replies, errors, strict=True) if e is None] == [
+            [i, i] for i in range(10, 20) if i != 13]
+        assert sorted(e.reason for e in ended) == ["failed", *["stop"] * 9]
+
+
+def test_a_callback_that_exits_harms_nobody(f):
+    def leave(_):
+        raise SystemExit
+
+    replies = [f.submit(np.zeros(8, np.float32)) for _ in range(5)]
+    replies[0].add_done_callback(leave)
+    assert all(reply.result(10) is not None for reply in replies) and f(np.zeros(8, np.float32)) is not None
+
+
+def test_closing_fails_what_waits_and_refuses_what_comes():
+    held = Held()
+    f = held.endpoint(max_batch=1, max_delay=0)
+    replies = [f.submit(np.zeros(2, np.float32)) for _ in range(5)]
+    assert held.running.wait(10)
+    closer = threading.Thread(target=f.close)
+    closer.start()
+    time.sleep(0.1)
+    held.go.set()
+    closer.join(10)
+    errors = [reply.exception(10) for reply in replies]
+    assert errors[0] is None and isinstance(errors[-1], Closed) and {type(e) for e in errors} == {type(None), Closed}
+    for ask in (f, f.submit):
+        with pytest.raises(Closed):
+            ask(np.zeros(2, np.float32))
+    f.close()
+
+
+def test_an_endpoint_that_is_dropped_is_closed():
+    f = ji.endpoint(mlp, mlp_params(), example={"x": np.zeros(8, np.float32)}, max_batch=2)
+    f(np.zeros(8, np.float32))
+    thread = f._runner._thread
+    del f
+    gc.collect()
+    assert eventually(lambda: not thread.is_alive())
+
+
+# Compiles and ladders.
+
+
+def test_after_warmup_nothing_compiles_and_the_ledger_lists_it(f):
+    f.warmup()
+    seen = []
+    with events.observe(seen.append):
+        f.map([np.zeros(8, np.float32)] * 30)
+    assert not [e for e in seen if isinstance(e, events.Compiling)]
+    assert {f"apply[B={n}]" for n in (1, 2, 4, 8)} == {e.name for e in f.ledger}
+
+
+def test_refit_fits_the_ladder_to_what_came():
+    with ji.endpoint(read, {"table": np.ones((50, 4), np.float32)}, max_batch=4,
+                     example={"ids": np.zeros(64, np.int32), "mask": np.ones(64, np.float32)},
+                     ragged={"ids": {0: "n"}, "mask": {0: "n"}}) as f:
+        ask = lambda n: f(np.zeros(n, np.int32), np.ones(n, np.float32))["tokens"]
+        for n in (5, 5, 5, 20, 20):
+            ask(n)
+        waste = lambda: sum(e.padding for e in f.ledger)
+        assert f.refit(rungs=3)["n"] == (5, 20, 64) == f.ladders["n"]
+        seen = []
+        with events.observe(seen.append):
+            assert ask(5).shape == (5, 4) and ask(21).shape == (21, 4)
+        assert not [e for e in seen if isinstance(e, events.Compiling)] and waste() >= 0
+        assert any(e.hits and e.name == "apply[B=1,n=5]" for e in f.ledger)
+
+
+# Versions.
+
+
+def test_a_swap_is_atomic_and_compiles_nothing(f):
+    x, old, new = np.ones(8, np.float32), f.params, mlp_params(1)
+    f.warmup()
+    seen = []
+    try:
+        with events.observe(seen.append):
+            assert f.swap(new) == f.version == 2
+            np.testing.assert_allclose(f(x), alone(x, new), rtol=1e-5, atol=1e-6)
+            assert f.submit(x).result(10) is not None
+            reply = f.submit(x)
+            reply.result(10)
+            assert reply.version == 2
+        assert not [e for e in seen if isinstance(e, events.Compiling)]
+    finally:
+        f.swap(old)
+    for wrong, message in (({"w": new["w"]}, "another structure"),
+                           ({**new, "w": new["w"][:1]}, r"\['w'\] is float32\[1")):
+        with pytest.raises(InvalidOption, match=message):
+            f.swap(wrong)
+    assert f.version == 3
+
+
+def test_no_result_mixes_two_versions_and_none_is_lost():
+    """Readers never lock: four threads ask while a fifth swaps."""
+    constant = lambda number: {"a": np.full(64, number, np.float32), "b": np.full(64, number, np.float32)}
+    call = lambda params, x: {"a": x + params["a"], "b": x + params["b"]}
+    with ji.endpoint(call, constant(1), example=np.zeros(64, np.float32), max_batch=8) as f:
+        f.warmup()
+        wrong, count, stop = [], [0] * 4, threading.Event()
+
+        def ask(i):
+            while not stop.is_set():
+                replies = [f.submit(np.zeros(64, np.float32)) for _ in range(8)]
+                for reply in replies:
+                    found = np.unique(np.concatenate(list(reply.result(10).values())))
+                    if found.tolist() != [reply.version]:
+                        wrong.append((found, reply.version))
+                    count[i] += 1
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for number in range(2, 40):
+            assert f.swap(constant(number)) == number
+            time.sleep(0.005)
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+        assert not wrong and min(count) > 10

@@ -1,0 +1,184 @@
+"""Named models with versions: flips and swaps under load lose nothing and mix nothing, and one model's trouble is its
+own."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxinfer as ji
+from jaxinfer.errors import Closed, InvalidOption, ModelNotFound, Rejected
+from tests.running import eventually
+from tests.test_endpoint import Held
+
+X = np.zeros(4, np.float32)
+
+
+def constant(number, **options):
+    """A model that answers with its number, twice."""
+    params = {"a": np.float32(number), "b": np.float32(number)}
+    call = lambda params, x: {"a": x + params["a"], "b": x + params["b"]}
+    return lambda: ji.endpoint(call, params, example=X, **{"max_batch": 4, **options})
+
+
+def numbers(result):
+    return set(np.concatenate(list(result.values())).tolist())
+
+
+@pytest.fixture
+def registry():
+    registry = ji.Registry()
+    yield registry
+    registry.close()
+
+
+def test_a_version_is_loaded_flipped_to_and_the_old_one_closed(registry):
+    assert registry.load("m", constant(1)) == 1
+    handle, old = registry["m"], registry["m"].version.model
+    assert numbers(handle(X)) == {1.0} and registry.versions("m") == [1]
+    assert registry.load("m", constant(2)) == 2
+    assert numbers(handle(X)) == {2.0} == numbers(handle.submit(X).result(10)) and registry.versions("m") == [2]
+    with pytest.raises(Closed):
+        old(X)
+    reply = handle.submit(X)
+    reply.result(10)
+    assert reply.version == 2 == handle.version.number
+    assert asyncio.run(handle.asubmit(X))["a"].tolist() == [2.0] * 4
+
+
+def test_labels_hold_versions_side_by_side(registry):
+    registry.load("m", constant(1))
+    registry.load("m", constant(2), label="canary")
+    assert registry.labels("m") == {"stable": 1, "canary": 2} and registry.versions("m") == [1, 2]
+    assert numbers(registry["m"](X)) == {1.0} and numbers(registry.at("m", "canary")(X)) == {2.0}
+    registry.flip("m", 2)
+    assert registry.labels("m") == {"stable": 2, "canary": 2} and registry.versions("m") == [2]
+    assert registry.roll_back("m") == 1 and numbers(registry["m"](X)) == {1.0}
+    assert registry.labels("m") == {"stable": 1, "canary": 2}
+    registry.unload("m", 2)
+    assert registry.labels("m") == {"stable": 1}
+    with pytest.raises(ModelNotFound, match="no version with the label 'canary'"):
+        registry.at("m", "canary")
+    with pytest.raises(ModelNotFound, match="no version 7; loaded are"):
+        registry.flip("m", 7)
+    registry.unload("m")
+    with pytest.raises(ModelNotFound, match="there is no model 'm'"):
+        registry["m"]
+
+
+def test_a_version_that_was_closed_is_made_again_to_roll_back(registry):
+    registry.load("m", constant(1))
+    with pytest.raises(ModelNotFound, match="no earlier stable version"):
+        registry.roll_back("m")
+    registry.load("m", constant(2))
+    assert registry.roll_back("m") == 1 and numbers(registry["m"](X)) == {1.0} and registry.versions("m") == [1]
+
+
+@pytest.mark.parametrize("policy", ["available", "frugal"])
+def test_a_load_that_fails_leaves_the_old_version_serving(registry, policy):
+    registry.load("m", constant(1))
+    for broken in (lambda: 1 / 0, lambda: ji.endpoint(lambda x: x.sum(), example=X)):
+        with pytest.raises((ZeroDivisionError, InvalidOption)):
+            registry.load("m", broken, policy=policy)
+        assert numbers(registry["m"](X)) == {1.0} and registry.versions("m") == [1]
+    with pytest.raises(ZeroDivisionError):
+        registry.load("new", lambda: 1 / 0)
+    assert list(registry) == ["m"]
+
+
+def test_the_policy_follows_from_the_memory_that_is_free(registry):
+    registry.load("m", constant(1))
+    order = []
+
+    def made(number):
+        def make():
+            order.append(list(registry.versions("m")))
+            return constant(number)()
+        return make
+
+    registry.load("m", made(2))
+    registry.load("m", made(3), needs="900TiB")
+    registry.load("m", made(4), needs="900TiB", policy="available")
+    assert order == [[1], [], [3]], "the old version goes first only where both do not fit"
+    with pytest.raises(InvalidOption, match="policy is 'brave'"):
+        registry.load("m", made(5), policy="brave")
+
+
+def test_a_version_is_drained_before_it_is_closed(registry):
+    held = Held()
+    registry.load("m", lambda: held.endpoint(max_batch=1, max_delay=0))
+    held.go.clear()
+    replies = [registry["m"].submit(np.full(2, i, np.float32)) for i in range(5)]
+    loader = threading.Thread(target=registry.load, args=("m", constant(2)))
+    loader.start()
+    assert eventually(lambda: registry.labels("m") == {"stable": 2})
+    assert loader.is_alive() and registry.versions("m") == [1, 2]
+    held.go.set()
+    assert [reply.result(10).tolist() for reply in replies] == [[i, i] for i in range(5)]
+    loader.join(10)
+    assert registry.versions("m") == [2]
+
+
+def test_one_models_overload_and_end_leave_the_others_alone(registry):
+    held = Held()
+    registry.load("slow", lambda: held.endpoint(max_batch=1, max_waiting=2, max_delay=0))
+    registry.load("fast", constant(1))
+    held.go.clear()
+    replies = [registry["slow"].submit(np.zeros(2, np.float32)) for _ in range(2)]
+    with pytest.raises(Rejected):
+        replies += [registry["slow"].submit(np.zeros(2, np.float32)) for _ in range(9)]
+    start = time.perf_counter()
+    assert all(numbers(registry["fast"](X)) == {1.0} for _ in range(50)) and time.perf_counter() - start < 10
+    threading.Timer(0.2, held.go.set).start()
+    registry["slow"].close()
+    assert all(reply.done() for reply in replies) and numbers(registry["fast"](X)) == {1.0}
+
+
+@settings(max_examples=3)
+@given(changes=st.lists(st.sampled_from(("load", "swap", "roll back", "canary", "flip")), min_size=2, max_size=8))
+def test_no_request_is_lost_and_no_result_mixed_whatever_changes_under_load(changes):
+    registry = ji.Registry()
+    registry.load("m", constant(1))
+    handle, wrong, count, stop = registry["m"], [], [0] * 3, threading.Event()
+
+    def ask(i):
+        while not stop.is_set():
+            try:
+                found = numbers(handle(X)) if i else numbers(handle.submit(X).result(10))
+                if len(found) != 1:
+                    wrong.append(found)
+                count[i] += 1
+            except Exception as error:
+                wrong.append(error)
+                return
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number, change in enumerate(changes, 2):
+            if change == "load":
+                registry.load("m", constant(number))
+            elif change == "canary":
+                registry.load("m", constant(number), label="canary")
+            elif change == "swap":
+                handle.swap({"a": np.float32(-number), "b": np.float32(-number)})
+            elif change == "flip" and "canary" in registry.labels("m"):
+                registry.flip("m", registry.labels("m")["canary"])
+            elif change == "roll back" and len(registry._shelves["m"].history) > 1:
+                try:
+                    registry.roll_back("m")
+                except ModelNotFound:
+                    pass
+        before = list(count)
+        assert eventually(lambda: all(now > then for now, then in zip(count, before, strict=True)) or wrong)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+        registry.close()
+    assert not wrong and min(count) > 0
