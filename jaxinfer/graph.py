@@ -179,3 +179,25 @@ def _stream(graph: Graph, params: Params, state: State, last_S: jax.Array, run: 
         x_TD, new = traced[block.apply](layer, next(pages[block.group]), x_TD, run)
         written[block.group].append(new)
     return written, x_TD
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A layered model without state, which reads each row of a run once, whole: a run of it has no tables.
+
+    `hidden(params, run, segment_T=None) -> x_TD` (float32) are the hidden states of all tokens; `segment_T` says which
+    text of a pair a token is of (int32; None: the first). `head` is None, or reads the hidden states of each row's
+    first token, `head(params, x_RD) -> logits_RC` (float32), or of every token where `head_per_token`; `labels` are
+    the names of the C classes. `max_context` is the longest row, special tokens included.
+    """
+
+    name: str
+    spec: Params
+    hidden: Callable[..., jax.Array]
+    width: int
+    vocab: int
+    max_context: int
+    ignore: tuple[str, ...] = ()
+    head: Callable[[Params, jax.Array], jax.Array] | None = None
+    head_per_token: bool = False
+    labels: tuple[str, ...] = ()

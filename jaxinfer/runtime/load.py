@@ -22,11 +22,12 @@ from jaxinfer.frontend.catalog import resolve
 from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
 from jaxinfer.frontend.tokenizer import from_directory
 from jaxinfer.frontend.weights import load_params
-from jaxinfer.graph import Graph
+from jaxinfer.graph import Encoder, Graph
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.language import LanguageModel
+from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
 from jaxinfer.scheduler import Scheduler
 
 DTYPES = ("float32", "bfloat16")
@@ -40,8 +41,9 @@ CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
-         memory: int | str | None = None, device: str | jax.Device | None = None) -> LanguageModel:
-    """Load a language model and start its engine.
+         memory: int | str | None = None, device: str | jax.Device | None = None) -> Any:
+    """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
+    embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
 
     `source`: a catalog name (`jaxinfer models`), a directory in Hugging Face layout, a .gguf file, or a hub id.
     `graph`: a Graph of your own; or a function (or a module with `build`) that makes one from what the front end
@@ -73,10 +75,19 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     if max_context is not None and (type(max_context) is not int or max_context < 2):
         raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
     budget = planning.parse_bytes(memory) if memory is not None else None
-    checkpoint = open_checkpoint(resolve(source))
     compiler.enable()
-    place = _device(device)
+    place, path = find_device(device), resolve(source)
+    if path.suffix == ".onnx":
+        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, "an ONNX file")
+        if graph is not None or dtype is not None or max_context is not None:
+            raise InvalidOption("graph, dtype and max_context are not for an ONNX file, which says these itself")
+        return load_onnx_endpoint(path, max_batch=max_rows, max_waiting=max_waiting, device=place)
+    checkpoint = open_checkpoint(path)
     config, model = _model(checkpoint, graph, max_context)
+    if isinstance(model, Encoder):
+        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, "an encoder")
+        return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
+                            max_waiting=max_waiting, device=place)
     if max_context is not None and max_context > model.max_context:
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(MAX_CONTEXT, model.max_context)
@@ -122,7 +133,15 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
                          max_context=context, load_seconds=time.perf_counter() - start)
 
 
-def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple[Any, Graph]:
+def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, what: str) -> None:
+    wrong = [name for name, given in (
+        ("max_rows", max_rows != MAX_ROWS), ("max_waiting_tokens", max_waiting_tokens != MAX_WAITING_TOKENS),
+        ("batch_invariant", batch_invariant), ("memory", memory is not None)) if given]
+    if wrong:
+        raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
+
+
+def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple[Any, Graph | Encoder]:
     """The config and the Graph. The architecture's default context is cut to ours before RoPE factors are fixed."""
     known = checkpoint.config.get("model_type") in (*DECODERS, "gpt2")
     if graph is None or known:
@@ -132,7 +151,7 @@ def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple
         config, build = found
     else:
         config, build = checkpoint.config, None
-    if isinstance(graph, Graph):
+    if isinstance(graph, Graph | Encoder):
         return config, graph
     build = graph if graph is not None else build
     build = getattr(build, "build", build)
@@ -140,7 +159,7 @@ def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple
         raise InvalidOption(f"graph is a {type(graph).__name__}; it must be a Graph, or a function that makes one "
                             "from a config, or a module with such a function named build")
     model = build(config)
-    if not isinstance(model, Graph):
+    if not isinstance(model, Graph | Encoder):
         raise InvalidOption(f"graph made a {type(model).__name__} from the config; it must return a jaxinfer.Graph")
     return config, model
 
@@ -153,7 +172,7 @@ def _dtype(checkpoint: Checkpoint, dtype: str | None) -> Any:
     return jnp.dtype("float32" if exact else "bfloat16")
 
 
-def _device(device: str | jax.Device | None) -> jax.Device:
+def find_device(device: str | jax.Device | None) -> jax.Device:
     if device is None:
         return jax.devices()[0]
     if isinstance(device, jax.Device):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.errors import InvalidOption, OutOfMemory
-from jaxinfer.graph import Graph, Leaf, State
+from jaxinfer.graph import Encoder, Graph, Leaf, State
 from jaxinfer.kernels import init_pages
 from jaxinfer.scheduler import PageGroup
 
@@ -109,7 +109,7 @@ def empty_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any, device:
         return {g.name: [pages(g, p) for _ in range(g.layers)] for g, p in zip(graph.groups, groups, strict=True)}
 
 
-def abstract_params(graph: Graph, dtype: Any) -> Any:
+def abstract_params(graph: Graph | Encoder, dtype: Any) -> Any:
     """The shapes of the weights in `dtype`, but for the exact leaves."""
     shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.exact else dtype)
     return jax.tree.map(shape, graph.spec, is_leaf=lambda x: isinstance(x, Leaf))

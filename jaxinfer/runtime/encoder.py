@@ -1,0 +1,169 @@
+"""Encoders of text behind the same queue and batcher as endpoints: texts in, vectors or classes out.
+
+Axes: T tokens, R rows, D width, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxinfer.compiler.encoders import EncoderBucket, Encoders
+from jaxinfer.errors import InvalidRequest
+from jaxinfer.frontend.sentence import Pipeline
+from jaxinfer.frontend.tokenizer import Tokenizer
+from jaxinfer.graph import Encoder, Run
+from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.runner import Flight, Result, Runner
+from jaxinfer.runtime.served import Served
+from jaxinfer.runtime.versions import Version
+from jaxinfer.scheduler.batcher import Ask, Batcher
+
+Text = str | tuple[str, str]
+
+
+class Tokens(NamedTuple):
+    """A text's token ids, and which text of a pair each is of."""
+
+    ids: list[int]
+    segments: list[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder says of a text: its `vector` [D]; with a head, the `logits` of its classes ([C], or [T, C] for
+    every token)."""
+
+    vector: np.ndarray
+    logits: np.ndarray | None = None
+
+
+@dataclass
+class Batch:
+    key: EncoderBucket
+    outputs: dict[str, Any]
+    ends: np.ndarray
+    started: float
+
+
+class FlatWork:
+    """Runs an Encoder for a `Runner`: the rows of a batch stand side by side, and only the bucket's end is padding."""
+
+    def __init__(self, programs: Encoders, ladder: dict[int, tuple[EncoderBucket, ...]], version: Version):
+        self.programs, self.ladder, self.version = programs, ladder, version
+        self.bytes_in = self.bytes_copied = 0
+        self._seconds: dict[EncoderBucket, float] = {}
+
+    def bucket(self, longest: int, tokens: int) -> EncoderBucket:
+        return next(b for b in self.ladder[longest] if b.tokens >= tokens)
+
+    def cost(self, longest: Any, count: int) -> float:
+        """Seconds that a batch will take, as far as is known."""
+        return self._seconds.get(self.bucket(longest, min(count * longest, self.ladder[longest][-1].tokens)), 0.0)
+
+    def dispatch(self, asks: list[Ask]) -> Flight:
+        version, lens = self.version, np.array([len(ask.payload.ids) for ask in asks], np.int32)
+        key = self.bucket(asks[0].shape, max(int(lens.sum()), -(-len(asks) * asks[0].shape // 2)))
+        tokens_T, segment_T = np.zeros(key.tokens, np.int32), np.zeros(key.tokens, np.int32)
+        lens_R, ends = np.zeros(key.rows, np.int32), np.zeros(key.rows + 1, np.int32)
+        lens_R[: len(asks)] = lens
+        np.cumsum(lens_R, out=ends[1:])
+        for ask, start, n in zip(asks, ends.tolist(), lens.tolist(), strict=False):
+            tokens_T[start: start + n], segment_T[start: start + n] = ask.payload
+        self.bytes_in += 8 * int(ends[-1])
+        self.bytes_copied += 8 * int(ends[-1])
+        program = self.programs.get(key, int(ends[-1]), key.tokens)
+        run = Run(tokens_T, ends, lens_R, np.zeros(key.rows, np.int32), {}, key.longest)
+        started = time.perf_counter()
+        return Flight(asks, version.number, Batch(key, program(version.params, run, segment_T), ends, started))
+
+    def collect(self, flight: Flight) -> list[Result]:
+        batch: Batch = flight.work
+        vectors = np.array(batch.outputs["vector"])
+        logits = np.array(batch.outputs["logits"]) if "logits" in batch.outputs else None
+        seconds = time.perf_counter() - batch.started
+        self._seconds[batch.key] = 0.8 * self._seconds.get(batch.key, seconds) + 0.2 * seconds
+        per_token, results = self.programs.encoder.head_per_token, []
+        for r in range(len(flight.asks)):
+            own = slice(batch.ends[r], batch.ends[r + 1]) if per_token else r
+            results.append(Result(Encoded(vectors[r].copy(), None if logits is None else logits[own].copy())))
+        return results
+
+
+class TextEncoder(Served):
+    """What `jaxinfer.load` returns for an encoder. A text is a string, or a pair of them. `encoder(text)` is an
+    `Encoded`: its vector and, with a classification head, its logits."""
+
+    _work: FlatWork
+
+    def __init__(self, graph: Encoder, programs: Encoders, params: Any, tokenizer: Tokenizer, pipeline: Pipeline,
+                 ladder: dict[int, tuple[EncoderBucket, ...]], *, config: Any, max_delay: float, max_waiting: int,
+                 name: str):
+        self.graph, self.tokenizer, self.pipeline, self.config = graph, tokenizer, pipeline, config
+        self.max_length = max(ladder)
+        work = FlatWork(programs, ladder, Version(1, params))
+        batcher = Batcher(2**20, max_delay, work.cost, room=lambda longest: ladder[longest][-1].tokens)
+        super().__init__(Runner(work, batcher, Admission(max_waiting), name), work, programs, params, name)
+
+    def embed(self, texts: Text | Iterable[Text], **options: Any) -> np.ndarray:
+        """The vectors of texts, as the model's own pipeline pools and normalises them: float32 [texts, D]."""
+        found = self._many([((text,), {}) for text in _texts(texts)], options)
+        return np.stack([one.vector for one in found]) if found else np.zeros((0, self.graph.width), np.float32)
+
+    def classify(self, texts: Text | Iterable[Text], **options: Any) -> list[dict[str, float]]:
+        """How likely each label is for each text: probabilities (softmax), the likeliest first.
+
+        Raises InvalidRequest if the model has no classification head, or classifies tokens.
+        """
+        if self.graph.head is None or self.graph.head_per_token:
+            has = "classifies tokens (encoder(text).logits)" if self.graph.head else "has no head"
+            raise InvalidRequest(f"{self.name} {has}; classify is for models that classify texts")
+        found = self._many([((text,), {}) for text in _texts(texts)], options)
+        return [_probabilities(one.logits, self.graph.labels) for one in found]
+
+    def warmup(self) -> None:
+        """Compile every Executable now, so that no request waits for a compile afterwards."""
+        for future in self._programs.prepare(*(b for buckets in self._work.ladder.values() for b in buckets)):
+            future.result()
+
+    def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int, Tokens]:
+        if kwargs or len(args) != 1:
+            raise InvalidRequest(f"an encoder takes one text; {len(args)} arguments and {sorted(kwargs)} were given")
+        tokens = self._tokens(args[0])
+        longest = next(n for n in self._work.ladder if n >= len(tokens.ids))
+        return longest, max(len(tokens.ids), longest // 2), tokens
+
+    def _tokens(self, text: Text) -> Tokens:
+        texts = (text,) if isinstance(text, str) else text
+        if type(texts) is not tuple or len(texts) > 2 or not all(isinstance(t, str) for t in texts):
+            raise InvalidRequest(f"text is a {type(text).__name__}; it must be a string, or a pair of strings")
+        first, *rest = (t.lower() if self.pipeline.lower else t for t in texts)
+        found = self.tokenizer.backend.encode(self.pipeline.prompt + first, *rest)  # type: ignore[arg-type]
+        ids, segments = found.ids, found.type_ids
+        if len(ids) > self.max_length:
+            if rest:
+                raise InvalidRequest(f"the pair has {len(ids)} tokens; at most {self.max_length} fit")
+            after = found.special_tokens_mask[::-1].index(0)  # the special tokens at the end stay
+            keep = [*range(self.max_length - after), *range(len(ids) - after, len(ids))]
+            ids, segments = [ids[i] for i in keep], [segments[i] for i in keep]
+        if not ids:
+            raise InvalidRequest("text has no tokens; there must be at least one")
+        return Tokens(ids, segments if self._has_segments else [0] * len(ids))
+
+    @property
+    def _has_segments(self) -> bool:
+        return getattr(self.config, "segments", 0) > 1
+
+
+def _texts(texts: Any) -> list[Text]:
+    return [texts] if isinstance(texts, str) or (type(texts) is tuple and len(texts) == 2) else list(texts)
+
+
+def _probabilities(logits_C: np.ndarray, labels: tuple[str, ...]) -> dict[str, float]:
+    weights_C = np.exp(logits_C - logits_C.max())
+    likely = sorted(zip((weights_C / weights_C.sum()).tolist(), labels, strict=True), reverse=True)
+    return {label: probability for probability, label in likely}
