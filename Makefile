@@ -16,7 +16,7 @@ EXTRAS := [test,notebook$(if $(ON_LINUX),$(comma)tpu)]
 # One compile cache for all test processes: a shape that one has compiled, the others read.
 TEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 # What else must hold on the oldest Python and JAX, beside parity.
-OLDEST := house catalog checkpoint weights pages scheduler engine
+OLDEST := house catalog checkpoint weights pages scheduler engine batcher endpoint encode bert inspect
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -53,7 +53,7 @@ test-notebooks: .venv/.test ## execute every notebook
 test-long: .venv/.test ## property tests with thousands of examples
 	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu" --ignore=tests/parity --ignore=tests/test_notebooks.py
 
-bench: .venv/.test .venv-peers/.test ## our speed beside our peers' (builds llama.cpp from source the first time)
+bench: .venv/.test .venv-peers/.test .venv-serve/.bench ## our speed beside our peers' (builds llama.cpp from source the first time)
 	@$(PEERS)/python -c "import llama_cpp" 2>/dev/null || $(PEERS)/python -m pip install -q llama-cpp-python==0.3.36
 	@for file in bench/*.py; do echo "=== $$file"; $(BIN)/python $$file || exit 1; done
 
@@ -67,6 +67,10 @@ clean: ## remove environments and caches, not downloaded models
 .venv/.test: pyproject.toml .ci/env
 	@.ci/env .venv main "$(EXTRAS)"
 	@touch .venv/.demo $@
+
+.venv-serve/.bench: pyproject.toml .ci/env
+	@.ci/env .venv-serve peers "[servers]"
+	@touch $@
 
 .venv-peers/.test: pyproject.toml .ci/env
 	@.ci/env .venv-peers peers "[peers,test]"

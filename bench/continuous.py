@@ -4,7 +4,7 @@ All serve the same token ids with the same weights: greedily, each alone on all 
 answer has the length that the trace says. transformers batches statically: a batch is formed of who has arrived when
 the last one is done, and runs until its longest answer is. llama.cpp batches continuously, in slots, as its server
 does. Both are tried with several numbers of rows, and each one's best is compared with. A probe first drops the dtype
-that is slower here, of jaxinfer's and of transformers' two: bfloat16 wins only where the CPU multiplies it natively.
+that is slower here, of jaxinfer's and of transformers' two; where the CPU has no bfloat16 of its own only float32 runs.
 
 Saturated, requests arrive faster than any engine can serve them, so that throughput is what the machine gives. At the
 light load they arrive at half the rate that jaxinfer reached. A first token's latency counts from the request's
@@ -29,7 +29,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import matplotlib
 import numpy as np
 from decode_cpu import Peers
-from support.report import BENCH, cores, publish, table, versions
+from support.report import BENCH, cores, machine, publish, table, versions
 from support.trace import Request, Served, arriving, mixed
 
 import jaxinfer
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="a name of the catalog or a .gguf file")
     parser.add_argument("--peers-python", type=Path, default=Path(".venv-peers/bin/python"))
     parser.add_argument("--quick", action="store_true", help="only see that it runs: eight short requests")
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="the length of the trace")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows to try the peers with")
     options = parser.parse_args()
     if not options.peers_python.exists():
@@ -158,17 +159,19 @@ def main() -> None:
 
     # OpenMP's barriers crawl while others use the cores, as they may in a --quick run.
     peers = Servers(options.peers_python, model, 1 if options.quick else cores())
-    lms = {f"jaxinfer {dtype}": jaxinfer.load(model, dtype=dtype) for dtype in DTYPES}
+    native = any("bf16" in name for name in machine()["instructions"])
+    dtypes = DTYPES if native else DTYPES[:1]  # a CPU that must emulate bfloat16 takes minutes for the probe alone
+    lms = {f"jaxinfer {dtype}": jaxinfer.load(model, dtype=dtype) for dtype in dtypes}
     for lm in lms.values():
         lm.warmup()
     text = lm.tokenizer.encode((BENCH.parent / "LICENSE").read_text())
-    warm, probe, first, second = (mixed(text, 8 if options.quick else REQUESTS, cut=cut) for cut in range(4))
+    warm, probe, first, second = (mixed(text, 8 if options.quick else options.requests, cut=cut) for cut in range(4))
     if options.quick:
         short = lambda request: replace(request, prompt=request.prompt[:32], new=request.new // 8)
         warm, probe, first, second = (list(map(short, trace)) for trace in (warm, probe, first, second))
     warm, probe = ([replace(r, at=0.0, new=PROBE) for r in trace[:PROBE]] for trace in (warm, probe))
 
-    names = [*lms, *peers.names]
+    names = [*lms, *(name for name in peers.names if native or "bfloat16" not in name)]
     probed: dict[str, float] = {}
     for name in names:
         serve = partial(ours, lms[name]) if name in lms else partial(peers.serve, name, PROBE)

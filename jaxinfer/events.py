@@ -58,6 +58,8 @@ def emit(event: Event) -> None:
     for observer in _observers:
         try:
             observer(event)
+        except KeyboardInterrupt:
+            raise  # the user's, who is in the main thread
         except BaseException:  # sys.exit() as well
             traceback.print_exc()
 

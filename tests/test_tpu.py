@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfer.compiler import Executables, Key, default_ladder
 from jaxinfer.compiler.buckets import decode, mixed, prompt
+from jaxinfer.compiler.encoders import Encoders, encoder_ladder
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.runtime import memory as planning
 from tests import tiny
@@ -52,3 +53,15 @@ def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
     assert memory.argument_size_in_bytes > planning.nbytes(graph.spec, dtype)
     assert memory.alias_size_in_bytes > 0, "the pages are not donated"
     executables.close()
+
+
+def test_an_encoder_compiles_for_a_v5e(v5e):
+    config = {"model_type": "bert", "vocab_size": 512, "hidden_size": 128, "num_attention_heads": 4,
+              "num_hidden_layers": 2, "intermediate_size": 256}
+    encoder, dtype = architecture(config).graph(), jnp.dtype(jnp.bfloat16)
+    programs = Encoders(encoder, planning.abstract_params(encoder, dtype), ("mean",), True, v5e)
+    for bucket in encoder_ladder(128)[128][:2]:
+        program = programs.lower(bucket).compile()
+        assert program.cost_analysis()["flops"] > 0
+        assert program.memory_analysis().argument_size_in_bytes > planning.nbytes(encoder.spec, dtype)
+    programs.close()

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 # Instructions that name, group or alias values: nothing is computed.
@@ -126,7 +126,7 @@ def parse(text: str) -> Module:
     entry, inside = "", ""
     for line in text.splitlines():
         if header := HEADER.match(line):
-            inside = header[2]
+            inside = str(header[2])
             computations[inside] = []
             entry = inside if header[1] else entry
         elif inside and (instruction := _instruction(line)):
@@ -153,16 +153,17 @@ def stablehlo_ops(module: Any) -> Counter[str]:
         dialect, _, name = op.operation.name.partition(".")
         found: Counter[str] = Counter()
         if dialect in ("stablehlo", "chlo") and name not in SILENT:
-            found[RENAMED.get(name, name.replace("_", "-"))] += 1
+            found[RENAMED.get(name) or str(name).replace("_", "-")] += 1
         if name == "call":
-            return count(functions[op.attributes["callee"].value])
+            return called(op.attributes["callee"].value)
         if name not in SCALAR:
             inner = (op for region in op.operation.regions for block in region.blocks for op in block.operations)
             for child in inner:
                 found += count(child)
         return found
 
-    return count(functions["main"])
+    called = cache(lambda name: count(functions[name]))
+    return called("main")
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -107,10 +107,10 @@ class Inspection:
 def inspect(fn: Any, *args: Any, **kwargs: Any) -> Inspection:
     """Compile `fn` for `args` and tell what became of it. Nothing runs.
 
-    `fn` is any function that `jax.jit` takes, jitted already or not; or an object with `apply(params, *args)` and
-    `params`, such as an ONNX graph, which may say how many `nodes` its file has and how many were `folded` when it
-    was read. `args` are pytrees of arrays or of `jax.ShapeDtypeStruct`s, or of anything else that `fn` takes. Raises
-    InvalidRequest where `fn` is nothing of the kind.
+    `fn` is any function that `jax.jit` takes, jitted already or not; an Endpoint, whose function takes batches; or an
+    object with `apply(params, *args)` and `params`, such as an ONNX graph, which may say how many `nodes` its file has
+    and how many were `folded` when it was read. `args` are pytrees of arrays or of `jax.ShapeDtypeStruct`s, or of
+    anything else that `fn` takes. Raises InvalidRequest where `fn` is nothing of the kind.
 
     >>> import jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
@@ -119,11 +119,11 @@ def inspect(fn: Any, *args: Any, **kwargs: Any) -> Inspection:
     (True, (1, 0), (1, 1))
     """
     function, args = _function(fn, args)
-    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
     traced = jitted.trace(*args, **kwargs)
     lowered = traced.lower()
     before = hlo.stablehlo_ops(lowered.compiler_ir(dialect="stablehlo"))
-    constant = hlo.parse(lowered.compiler_ir(dialect="hlo").as_hlo_text()).constant
+    unoptimised = hlo.parse(lowered.compiler_ir(dialect="hlo").as_hlo_text())
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
@@ -134,11 +134,11 @@ def inspect(fn: Any, *args: Any, **kwargs: Any) -> Inspection:
     return Inspection(
         name=_name(fn),
         platform=str(_platform(compiled)),
-        nodes=_count(getattr(fn, "nodes", None)),
+        nodes=_count(getattr(_graph(fn), "nodes", None)),
         equations=equations(traced.jaxpr),
         ops={op: (before[op], after.ops[op]) for op in names},
         kernels=dict(after.kernels.most_common()),
-        folded=constant + (_count(getattr(fn, "folded", None)) or 0),
+        folded=unoptimised.constant + (_count(getattr(_graph(fn), "folded", None)) or 0),
         flops=cost.get("flops"),
         bytes_accessed=cost.get("bytes accessed"),
         argument_bytes=size("argument"),
@@ -164,10 +164,16 @@ def _bodies(values: Any) -> list[Any]:
     return [value for value in flat if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")]
 
 
+def _graph(fn: Any) -> Any:
+    """The graph that an endpoint of an ONNX file serves, or `fn` itself."""
+    return getattr(fn, "graph", None) or fn
+
+
 def _function(fn: Any, args: tuple[Any, ...]) -> tuple[Callable, tuple[Any, ...]]:
     """What to trace: a model's params are its first argument, so that they count as memory and not as constants."""
-    if callable(getattr(fn, "apply", None)) and hasattr(fn, "params"):
-        return fn.apply, (fn.params, *args)
+    apply = getattr(_graph(fn), "apply", None) or getattr(fn, "apply", None)
+    if callable(apply) and hasattr(fn, "params"):
+        return apply, (fn.params, *args)
     if callable(fn):
         return fn, args
     raise InvalidRequest(f"inspect got a {type(fn).__name__}; expected a function, or an object with `apply` and "

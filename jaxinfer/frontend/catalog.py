@@ -89,11 +89,11 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     if text.strip() and path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix in (".gguf", ".onnx"):
             return path
-        raise ModelNotFound(f"{path} is a file, but no .gguf; for safetensors give the folder that holds "
+        raise ModelNotFound(f"{path} is a file, but no .gguf or .onnx; for safetensors give the folder that holds "
                             f"config.json, perhaps {path.absolute().parent}")
-    if HUB_ID.fullmatch(text) and path.suffix not in (".gguf", ".safetensors"):
+    if HUB_ID.fullmatch(text) and path.suffix not in (".gguf", ".onnx", ".safetensors"):
         return fetch_snapshot(text)
     close = difflib.get_close_matches(text.lower(), CATALOG, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""

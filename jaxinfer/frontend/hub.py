@@ -12,7 +12,7 @@ from jaxinfer.frontend.wheel import writing
 
 # What a Hugging Face directory needs. Weights in pickles can run code and are never fetched.
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
-SURPLUS = ["*/*", "consolidated*"]  # folders of other formats, and the second copy of Mistral's weights
+SURPLUS = ["[!1-9]*/*", "consolidated*"]  # folders of other formats (not 1_Pooling), and Mistral's second copy
 
 
 def fetch_snapshot(repo: str) -> Path:

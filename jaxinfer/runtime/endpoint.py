@@ -53,6 +53,11 @@ class Endpoint(Served):
         return self._many(asked, options)
 
     @property
+    def apply(self) -> Any:
+        """The pure function that is served, of params and a batch: differentiate, inspect or vmap it."""
+        return self.functions.call
+
+    @property
     def ladders(self) -> dict[str, tuple[int, ...]]:
         """The rungs of each padded axis; "B" is the requests of a batch."""
         return dict(self._work.ladders.axes)

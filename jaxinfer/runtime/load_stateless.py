@@ -12,6 +12,7 @@ import numpy as np
 from jaxinfer.compiler.buckets import powers
 from jaxinfer.compiler.encoders import Encoders, encoder_ladder
 from jaxinfer.compiler.functions import FunctionKey, Functions, LeafLike
+from jaxinfer.errors import UnsupportedModel
 from jaxinfer.frontend.checkpoint import Checkpoint
 from jaxinfer.frontend.sentence import read_pipeline
 from jaxinfer.frontend.weights import load_params
@@ -47,6 +48,9 @@ def load_onnx_endpoint(path: Path, *, max_batch: int, max_waiting: int, device: 
     from jaxinfer.frontend.onnx import load_onnx
 
     graph = load_onnx(path)
+    if fixed := [name for name, like in graph.inputs.items() if like.shaping]:
+        raise UnsupportedModel(f"{path}: {', '.join(fixed)} decide shapes, which differ from request to request then; "
+                               "jaxinfer.frontend.onnx.load_onnx(path).apply(params, inputs) runs it for one")
     batch = _batch_axis(graph)
     leaves = tuple(_leaf(name, like, batch) for name, like in graph.inputs.items() if not like.optional)
     axes = {BATCH: powers(max_batch)} if batch is not None else {}
