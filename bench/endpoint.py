@@ -99,9 +99,12 @@ def http(port: int, body: bytes) -> Callable[[], Awaitable[Callable[[], Awaitabl
             writer.write(head.encode() + body)
             answer = await reader.readuntil(b"\r\n\r\n")
             assert b" 200 " in answer.split(b"\r\n")[0], answer
-            length = next(int(line.split(b":")[1]) for line in answer.lower().split(b"\r\n")
-                          if line.startswith(b"content-length"))
-            return json.loads(await reader.readexactly(length))
+            length = next((int(line.split(b":")[1]) for line in answer.lower().split(b"\r\n")
+                           if line.startswith(b"content-length")), None)
+            if length is not None:
+                return json.loads(await reader.readexactly(length))
+            chunks = await reader.readuntil(b"0\r\n\r\n")  # Ray Serve's
+            return json.loads(chunks.split(b"\r\n")[1])
 
         return ask
 

@@ -52,6 +52,11 @@ _observers: tuple[Callable[[Event], None], ...] = ()
 _lock = threading.Lock()
 
 
+def observed() -> bool:
+    """Whether anybody listens: what happens a thousand times a second need not be put into an event for nobody."""
+    return bool(_observers)
+
+
 def emit(event: Event) -> None:
     """Hand `event` to every observer, in the caller's thread. One that raises is reported on stderr: a watcher must
     not harm what it watches."""

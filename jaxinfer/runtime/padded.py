@@ -24,6 +24,7 @@ from jaxinfer.runtime.versions import Version
 from jaxinfer.scheduler.batcher import Ask
 
 NanPolicy = Literal["pass", "flag", "reject"]
+SMALL = 2**20  # bytes
 BATCH = "B"  # the name of the batch axis among the axes of a ladder
 
 
@@ -133,16 +134,23 @@ class PaddedWork:
         arrays = [np.asarray(leaf) for leaf in leaves]
         seconds = time.perf_counter() - packed.started
         self._seconds[packed.key] = 0.8 * self._seconds.get(packed.key, seconds) + 0.2 * seconds
-        results = [self._result(ask, i, packed.key, arrays, structure) for i, ask in enumerate(flight.asks)]
+        rows = [arrays] if packed.key.rows is None else self._rows(arrays, len(flight.asks))
+        results = [self._result(ask, row, packed.key, structure) for ask, row in zip(flight.asks, rows, strict=True)]
         if packed.buffers is not None:
             self._buffers.give(packed.key, packed.buffers)
         return results
 
-    def _result(self, ask: Ask, row: int, key: FunctionKey, arrays: list[np.ndarray], structure: Any) -> Result:
-        if key.rows is not None:
-            arrays = [array.take(row, self.functions.out_batch) for array in arrays]  # a copy: the batch may go
-        true = tuple(sorted(ask.payload.sizes.items()))
-        if true != key.sizes:
+    def _rows(self, arrays: list[np.ndarray], count: int) -> list[list[np.ndarray]]:
+        """Each request's own arrays, to keep and to write to. Small batches are copied as one, which stays as long as
+        any of its rows; of large ones each row is copied, so that one that is kept does not keep the others."""
+        at = self.functions.out_batch
+        if sum(array.nbytes for array in arrays) > SMALL:
+            return [[array.take(row, at) for array in arrays] for row in range(count)]
+        columns = [np.moveaxis(array, at, 0)[:count].copy() for array in arrays]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _result(self, ask: Ask, arrays: list[Any], key: FunctionKey, structure: Any) -> Result:
+        if key.sizes and (true := tuple(sorted(ask.payload.sizes.items()))) != key.sizes:
             shapes = self.functions.output_shapes(FunctionKey(None if key.rows is None else 1, true))
             if key.rows is not None:
                 at = self.functions.out_batch

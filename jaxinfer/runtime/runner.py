@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jaxinfer import events
 from jaxinfer.errors import Closed, Expired, StepFailed
@@ -31,8 +31,7 @@ class Flight:
     work: Any
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What became of one request of a batch; `flagged` names arrays with NaN in them."""
 
     value: Any = None
@@ -215,7 +214,8 @@ class Runner:
         self.requests += 1
         if wake:
             self.queue.leave([id])
-        events.emit(events.RequestEnded(id, "failed" if result.error else "stop", 0, 0))
+        if events.observed():
+            events.emit(events.RequestEnded(id, "failed" if result.error else "stop", 0, 0))
         try:
             ask.sink.finish(result.value, result.error, version, result.flagged)
         except BaseException:  # a done callback's: sys.exit() as well
