@@ -2,16 +2,18 @@
 own."""
 
 import asyncio
+import gc
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxinfer as ji
-from jaxinfer.errors import Closed, InvalidOption, ModelNotFound, Rejected
+from jaxinfer.errors import Closed, InvalidOption, ModelNotFound, OutOfMemory, Rejected
 from tests.running import eventually
 from tests.test_endpoint import Held
 
@@ -136,6 +138,20 @@ def test_one_models_overload_and_end_leave_the_others_alone(registry):
     threading.Timer(0.2, held.go.set).start()
     registry["slow"].close()
     assert all(reply.done() for reply in replies) and numbers(registry["fast"](X)) == {1.0}
+
+
+def test_a_version_that_exceeds_its_memory_is_refused_and_leaves_no_array_behind(registry):
+    wide = {"w": np.zeros((4, 2**16), np.float32)}
+    make = lambda memory: lambda: ji.endpoint(lambda p, x: (x @ p["w"]).sum(1), wide, example=X, memory=memory)
+    registry.load("m", constant(1))
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    with pytest.raises(OutOfMemory, match=r"needs .* bytes, for its weights.* memory is 1,048,576"):
+        registry.load("m", make("1MiB"))
+    gc.collect()
+    assert {id(array) for array in jax.live_arrays()} <= before, "weights of a refused version stayed"
+    assert numbers(registry["m"](X)) == {1.0} and registry.versions("m") == [1]
+    assert registry.load("big", make("1GiB")) == 1 and registry["big"].nbytes < 2**30
 
 
 @settings(max_examples=3)

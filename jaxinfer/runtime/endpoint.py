@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxinfer.compiler.buckets import fit_rungs
 from jaxinfer.compiler.functions import Functions
-from jaxinfer.errors import InvalidRequest
+from jaxinfer.errors import InvalidRequest, OutOfMemory
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.door import Door
 from jaxinfer.runtime.padded import BATCH, Cargo, Ladders, NanPolicy, PaddedWork, has_nan
@@ -28,8 +28,8 @@ class Endpoint(Served):
     _work: PaddedWork
 
     def __init__(self, functions: Functions, params: Any, door: Door, ladders: Ladders, *, max_delay: float,
-                 max_waiting: int, nan: NanPolicy, name: str):
-        self.functions, self._door, self._nan = functions, door, nan
+                 max_waiting: int, nan: NanPolicy, name: str, memory: int | None = None):
+        self.functions, self._door, self._nan, self.memory = functions, door, nan, memory
         self.graph: Any = None  # of an ONNX file
         self._named = {dim for leaf in functions.leaves for dim in leaf.shape if isinstance(dim, str)}
         work = PaddedWork(functions, Version(1, params), ladders, nan)
@@ -63,9 +63,15 @@ class Endpoint(Served):
         return dict(self._work.ladders.axes)
 
     def warmup(self) -> None:
-        """Compile every Executable now, so that no request waits for a compile afterwards."""
+        """Compile every Executable now, so that no request waits for a compile afterwards.
+
+        Raises OutOfMemory if the endpoint was given a `memory` that its weights and its largest Executable exceed.
+        """
         for future in self.functions.prepare(*self._work.ladders.keys(self._named)):
             future.result()
+        if self.memory is not None and self.nbytes > self.memory:
+            raise OutOfMemory(f"{self.name} needs {self.nbytes:,} bytes, for its weights and its largest batch; memory "
+                              f"is {self.memory:,}; give it more, or a smaller max_batch")
 
     def refit(self, rungs: int = 8, least_gain: float = 0.05) -> dict[str, tuple[int, ...]]:
         """Choose the ladders that would have padded the requests so far the least, with at most `rungs` for each axis,

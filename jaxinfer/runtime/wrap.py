@@ -13,6 +13,7 @@ from jaxinfer.compiler.buckets import powers
 from jaxinfer.compiler.functions import FunctionKey, Functions, LeafLike
 from jaxinfer.errors import InvalidOption
 from jaxinfer.frontend.modules import as_function
+from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.door import Door
 from jaxinfer.runtime.endpoint import Endpoint
 from jaxinfer.runtime.load import find_device
@@ -25,7 +26,8 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
              out_axis: int = 0, ragged: Mapping[str, Mapping[int, str]] | None = None,
              ladders: Mapping[str, Sequence[int]] | None = None, pad: Mapping[str, Any] | None = None,
              max_batch: int = 64, max_delay: float = 0.002, max_waiting: int = 4096, nan: NanPolicy = "pass",
-             device: str | jax.Device | None = None, name: str | None = None) -> Endpoint:
+             memory: int | str | None = None, device: str | jax.Device | None = None, name: str | None = None
+             ) -> Endpoint:
     """Serve a pure function: requests are queued, batched, padded to a ladder of shapes, and each caller gets its own.
 
     `fn(params, *arguments)`, or `fn(*arguments)` without params; or a Flax module: NNX as it is, Linen with its
@@ -39,6 +41,8 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     None for an axis: it is not padded, and every size of it is compiled.
     `max_delay`: seconds that the oldest request waits for company while the device is busy (an idle one takes what
     there is). `max_waiting`: requests that may wait; one more is Rejected.
+    `memory`: bytes, or a text such as "1GiB", that the weights and the largest batch may take: `warmup`, and so a
+    registry's `load`, raises OutOfMemory otherwise.
     `nan`: "pass", "flag" (a `Reply` names the arrays) or "reject" requests and results with NaN in them.
 
     Raises InvalidOption where what is said contradicts itself or the function.
@@ -68,8 +72,9 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
         if len(smallest) == len(_named(leaves)):
             functions.check(FunctionKey(2 if BATCH in rungs.axes else None, smallest))
         door = Door(leaves, structure, names, {name: rungs.axes[name][-1] for name in rungs.axes})
+        budget = None if memory is None else planning.parse_bytes(memory)
         return Endpoint(functions, params, door, rungs, max_delay=max_delay, max_waiting=max_waiting, nan=nan,
-                        name=name or getattr(fn, "__name__", type(fn).__name__))
+                        memory=budget, name=name or getattr(fn, "__name__", type(fn).__name__))
     except BaseException:
         functions.close()
         raise
