@@ -81,7 +81,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
     >>> resolve("smolm2-135m")
     Traceback (most recent call last):
-    jaxinfer.errors.ModelNotFound: 'smolm2-135m' is no model of the catalog (smollm2-135m), ...
+    jaxinfer.errors.ModelNotFound: 'smolm2-135m' is no model of the catalog (smollm2-135m, ...
     """
     text, path = os.fspath(source), Path(source).expanduser()
     if text in CATALOG:
