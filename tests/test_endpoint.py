@@ -156,7 +156,7 @@ def test_an_axis_without_rungs_is_not_padded():
         assert {e.name for e in f.ledger if e.hits} == {f"apply[B=1,n={n}]" for n in (3, 5, 9)}
 
 
-@pytest.mark.parametrize("axis, out_axis", [(1, 1), (None, 0), ({"x": 1}, 1)])
+@pytest.mark.parametrize("axis, out_axis", [(1, 1), (None, 0), (None, 1), ({"x": 1}, 1)])
 def test_the_batch_may_be_elsewhere_or_nowhere(axis, out_axis):
     def call(x):
         return jnp.cumsum(x, 0)

@@ -203,8 +203,7 @@ class Executables(Programs):
         kinds = "greedy", "sample", "edited", "logprobs"
         keys = [*(key for bucket in buckets for key in _forwards(bucket)),
                 *(Key(kind, r) for r, kind in itertools.product(rows, kinds)), Key("copy"), Key("history")]
-        for future in self.prepare(*keys):
-            future.result()
+        self.compile_all(*keys)
 
     def close(self) -> None:
         super().close()

@@ -23,6 +23,8 @@ class Programs:
     """The compiled programs of one model on one device. `lower(key)` says what a key's program is; `str(key)` is its
     name. `forced` names implementations that ops must take. Compiles run on two threads."""
 
+    params: Any  # the weights' shapes and dtypes
+
     def __init__(self, device: jax.Device, *, platform: str | None = None, forced: Mapping[str, str] | None = None):
         self.platform, self.forced = platform or device.platform, forced or {}
         self.sharding = SingleDeviceSharding(device)
@@ -68,6 +70,11 @@ class Programs:
                     except RuntimeError as error:
                         raise Closed() from error
             return [self._pending[key] for key in keys]
+
+    def compile_all(self, *keys: Any) -> None:
+        """Compile these now. Raises what the first that fails raises."""
+        for future in self.prepare(*keys):
+            future.result()
 
     def get(self, key: Any, real: int = 1, padded: int = 1) -> Callable:
         """The program of `key`, waited for if need be, and counted as a hit: `real` of `padded` are no padding."""

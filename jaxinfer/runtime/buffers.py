@@ -36,14 +36,11 @@ class Buffers:
     def __init__(self):
         self._free: dict[Hashable, list[list[np.ndarray]]] = defaultdict(list)
         self._lock = threading.Lock()
-        self.made = self.taken = 0
 
     def take(self, key: Hashable, specs: Sequence[tuple[tuple[int, ...], Any]]) -> list[np.ndarray]:
         with self._lock:
-            self.taken += 1
             if free := self._free[key]:
                 return free.pop()
-            self.made += 1
         return [aligned(shape, dtype) for shape, dtype in specs]
 
     def give(self, key: Hashable, arrays: list[np.ndarray]) -> None:

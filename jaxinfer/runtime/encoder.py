@@ -107,7 +107,7 @@ class TextEncoder(Served):
         self.max_length = max(ladder)
         work = FlatWork(programs, ladder, Version(1, params))
         batcher = Batcher(2**20, max_delay, work.cost, room=lambda longest: ladder[longest][-1].tokens)
-        super().__init__(Runner(work, batcher, Admission(max_waiting), name), work, programs, params, name)
+        super().__init__(Runner(work, batcher, Admission(max_waiting), name), work, programs, name)
 
     def embed(self, texts: Text | Iterable[Text], **options: Any) -> np.ndarray:
         """The vectors of texts, as the model's own pipeline pools and normalises them: float32 [texts, D]."""
@@ -127,8 +127,7 @@ class TextEncoder(Served):
 
     def warmup(self) -> None:
         """Compile every Executable now, so that no request waits for a compile afterwards."""
-        for future in self._programs.prepare(*(b for buckets in self._work.ladder.values() for b in buckets)):
-            future.result()
+        self._programs.compile_all(*(b for buckets in self._work.ladder.values() for b in buckets))
 
     def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int, Tokens]:
         if kwargs or len(args) != 1:

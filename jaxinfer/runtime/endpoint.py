@@ -34,7 +34,7 @@ class Endpoint(Served):
         self._named = {dim for leaf in functions.leaves for dim in leaf.shape if isinstance(dim, str)}
         work = PaddedWork(functions, Version(1, params), ladders, nan)
         batcher = Batcher(ladders.axes.get(BATCH, (1,))[-1], max_delay, work.cost)
-        super().__init__(Runner(work, batcher, Admission(max_waiting), name), work, functions, params, name)
+        super().__init__(Runner(work, batcher, Admission(max_waiting), name), work, functions, name)
 
     def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int, Cargo]:
         arrays, sizes = self._door.enter(args, kwargs)
@@ -67,8 +67,7 @@ class Endpoint(Served):
 
         Raises OutOfMemory if the endpoint was given a `memory` that its weights and its largest Executable exceed.
         """
-        for future in self.functions.prepare(*self._work.ladders.keys(self._named)):
-            future.result()
+        self.functions.compile_all(*self._work.ladders.keys(self._named))
         if self.memory is not None and self.nbytes > self.memory:
             raise OutOfMemory(f"{self.name} needs {self.nbytes:,} bytes, for its weights and its largest batch; memory "
                               f"is {self.memory:,}; give it more, or a smaller max_batch")
@@ -81,8 +80,7 @@ class Endpoint(Served):
         axes = {name: fit_rungs(seen[name], rungs_now[-1], rungs, least_gain) if seen.get(name) else rungs_now
                 for name, rungs_now in old.axes.items()}
         new = Ladders(axes)
-        for future in self.functions.prepare(*new.keys(self._named)):
-            future.result()
+        self.functions.compile_all(*new.keys(self._named))
         self._runner.call(partial(self._change_ladders, new))
         return axes
 

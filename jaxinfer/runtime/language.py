@@ -26,9 +26,11 @@ from jaxinfer.frontend.constraint import compile_grammar
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Graph
 from jaxinfer.request import CONSTRAINTS, REQUEST_OPTIONS, Output, Piece, Prompt, Request, Sampling, Score, Sequence
+from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.answer import Answer, Stream
 from jaxinfer.runtime.delivery import Delivery, Ticket
 from jaxinfer.runtime.engine import Engine
+from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.pack import check
 from jaxinfer.runtime.versions import check_like
 from jaxinfer.scheduler import AGEING
@@ -58,7 +60,7 @@ class Statistics:
         return self.reused / max(self.read + self.reused, 1)
 
 
-class LanguageModel:
+class LanguageModel(Living):
     """What `jaxinfer.load` returns. Safe to use from any number of threads and event loops at once.
 
     A prompt is text or token ids, or a `Request`. Options of `Sampling` and of `Request` may be given by name and
@@ -220,13 +222,13 @@ class LanguageModel:
 
     # Living.
 
-    def drain(self, seconds: float = 60.0) -> None:
-        """Refuse what comes from now on, wait until what is here has ended (or for so many seconds), and close."""
-        self._engine.queue.close()
-        end = time.monotonic() + seconds
-        while (self._engine.queue.waiting or self._delivery.busy) and time.monotonic() < end:
-            time.sleep(0.005)
-        self.close()
+    @property
+    def _admission(self) -> Admission:
+        return self._engine.queue
+
+    @property
+    def _busy(self) -> bool:
+        return self._delivery.busy
 
     def warmup(self) -> None:
         """Compile every bucket now, so that no request waits for a compile afterwards."""
@@ -236,16 +238,6 @@ class LanguageModel:
         except (CancelledError, RuntimeError):
             self._check_open()
             raise
-
-    def close(self) -> None:
-        """Give everything back: requests that still run fail with `Closed`. Closing twice does no harm."""
-        self._shut()
-
-    def __enter__(self) -> LanguageModel:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
     # Inside.
 

@@ -123,7 +123,7 @@ class Runner:
     @property
     def busy(self) -> bool:
         """Whether a request has not ended."""
-        return bool(self.queue.waiting or self._open)
+        return bool(self._open)
 
     def close(self) -> None:
         """Stop after the batches that run now; what waits fails with Closed."""

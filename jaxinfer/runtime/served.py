@@ -15,6 +15,8 @@ import jax
 from jaxinfer.compiler import Ledger
 from jaxinfer.compiler.programs import Programs
 from jaxinfer.request import check_options
+from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.replies import Reply, Task, Waiter
 from jaxinfer.runtime.runner import Runner, Work
 from jaxinfer.runtime.versions import Version, check_like
@@ -43,16 +45,15 @@ class VersionedWork(Work, Protocol):
     bytes_copied: int
 
 
-class Served:
+class Served(Living):
     """A stateless model behind a queue and a dynamic batcher. Safe to use from any number of threads and event loops
     at once. `priority`, `queue_timeout` and `timeout` of each request are as in `jaxinfer.Request`.
 
     Raises InvalidRequest (before anything is queued), Rejected (the queue is full), Expired, StepFailed or Closed.
     """
 
-    def __init__(self, runner: Runner, work: VersionedWork, programs: Programs, params: Any, name: str):
-        self.name = name
-        self._runner, self._work, self._programs, self._like = runner, work, programs, jax.eval_shape(lambda: params)
+    def __init__(self, runner: Runner, work: VersionedWork, programs: Programs, name: str):
+        self.name, self._runner, self._work, self._programs = name, runner, work, programs
         self._ids = itertools.count(1)
         self._shut = weakref.finalize(self, _shut, runner, programs)
 
@@ -132,7 +133,7 @@ class Served:
     def swap(self, params: Any) -> int:
         """Run new batches on other weights of the same structure, shapes and dtypes, with no compile; batches that run
         now end on the old ones. Returns the new version's number. Raises InvalidOption if they do not match."""
-        check_like(params, self._like)
+        check_like(params, self._programs.params)
         self._work.version = Version(self.version + 1, jax.device_put(params, self.device))
         return self.version
 
@@ -166,23 +167,13 @@ class Served:
 
     # Living.
 
-    def drain(self, seconds: float = 60.0) -> None:
-        """Refuse what comes from now on, wait until what is here has ended (or for so many seconds), and close."""
-        self._runner.queue.close()
-        end = time.monotonic() + seconds
-        while self._runner.busy and time.monotonic() < end:
-            time.sleep(0.002)
-        self.close()
+    @property
+    def _admission(self) -> Admission:
+        return self._runner.queue
 
-    def close(self) -> None:
-        """Give everything back: what waits fails with `Closed`. Closing twice does no harm."""
-        self._shut()
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    @property
+    def _busy(self) -> bool:
+        return self._runner.busy
 
 
 def _shut(runner: Runner, programs: Programs) -> None:

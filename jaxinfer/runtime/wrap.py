@@ -64,9 +64,9 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     if nan not in ("pass", "flag", "reject"):
         raise InvalidOption(f"nan is {nan!r}; it must be 'pass', 'flag' or 'reject'")
     if axis is None:
-        call = _vmapped(call)
+        call = _vmapped(call, out_axis)
     params = jax.device_put(params, place)
-    functions = Functions(call, params, leaves, structure, out_axis if axis is not None else 0, place)
+    functions = Functions(call, params, leaves, structure, out_axis, place)
     try:
         smallest = tuple((dim, rungs.axes[dim][0]) for dim in sorted(_named(leaves)) if dim in rungs.axes)
         if len(smallest) == len(_named(leaves)):
@@ -152,7 +152,7 @@ def _ladders(leaves: Sequence[LeafLike], arguments: Any, given: Mapping[str, Seq
     return Ladders(axes)
 
 
-def _vmapped(call: Callable) -> Callable:
+def _vmapped(call: Callable, out_axis: int) -> Callable:
     def batched(params, *args, **kwargs):
-        return jax.vmap(lambda args, kwargs: call(params, *args, **kwargs))(args, kwargs)
+        return jax.vmap(lambda args, kwargs: call(params, *args, **kwargs), out_axes=out_axis)(args, kwargs)
     return batched

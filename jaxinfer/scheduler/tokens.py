@@ -454,6 +454,8 @@ class Scheduler:
                 tokens, reason = s.tokens, None
                 if token < 0:
                     reason = "failed"
+                    if not s.sampling.edits and s.namespace is not None:
+                        self.tree.forget(s.space)  # its pages may be what spoiled its logits
                 else:
                     tokens.append(token)
                     count = len(tokens)
@@ -537,8 +539,6 @@ class Scheduler:
             return
         if reason != "failed":
             self._index(sequence, tail=True)
-        elif not sequence.sampling.edits and sequence.namespace is not None:
-            self.tree.forget(sequence.space)  # its pages may be what spoiled its logits
         self._leave(sequence)
 
 

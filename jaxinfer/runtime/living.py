@@ -1,0 +1,42 @@
+"""How whatever serves requests comes to its end: drained, or at once, and by itself when it is dropped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+from jaxinfer.runtime.admission import Admission
+
+
+class Living:
+    """`_admission` is the queue's door, `_busy` says whether a request has not ended, and `_shut` (a
+    `weakref.finalize`, so that it happens once) gives everything back."""
+
+    _shut: Callable[[], object]
+
+    @property
+    def _admission(self) -> Admission:
+        raise NotImplementedError
+
+    @property
+    def _busy(self) -> bool:
+        raise NotImplementedError
+
+    def drain(self, seconds: float = 60.0) -> None:
+        """Refuse what comes from now on, wait until what is here has ended (or for so many seconds), and close."""
+        self._admission.close()
+        end = time.monotonic() + seconds
+        while (self._admission.waiting or self._busy) and time.monotonic() < end:
+            time.sleep(0.002)
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back: requests that have not ended fail with `Closed`. Closing twice does no harm."""
+        self._shut()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
