@@ -27,21 +27,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from support.mlp import mlp, weights
 from support.report import BENCH, publish, table, versions
 
 import jaxinfer as ji
 
 CALLERS, SECONDS, ASKED = (1, 64, 1024), 4.0, 10_000
 WIDTHS = (784, 256, 10)
-
-
-def mlp(params, x):
-    return jax.nn.relu(x @ params["w"]) @ params["v"]
-
-
-def weights() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {"w": rng.normal(size=WIDTHS[:2]).astype(np.float32), "v": rng.normal(size=WIDTHS[1:]).astype(np.float32)}
 
 
 class Load:
@@ -134,9 +126,9 @@ def serve(python: Path, peer: str, port: int) -> subprocess.Popen:
 
 def mlp_rates(python: Path | None, seconds: float, callers: tuple[int, ...]) -> dict[str, dict[int, dict[str, float]]]:
     x, found = np.random.default_rng(1).normal(size=WIDTHS[0]).astype(np.float32), {}
-    jitted, params = jax.jit(mlp), jax.device_put(weights())
+    jitted, params = jax.jit(mlp), jax.device_put(weights(WIDTHS))
     one = jnp.asarray(x[None])
-    with ji.endpoint(mlp, weights(), example={"x": x}, max_batch=256) as f:
+    with ji.endpoint(mlp, weights(WIDTHS), example={"x": x}, max_batch=256) as f:
         f.warmup()
         f(x)
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import numpy as np
+from support.mlp import mlp, weights
 from support.report import publish, table
 
 import jaxinfer as ji
@@ -25,17 +25,8 @@ CALLERS, SECONDS, ASKED = 16, 6.0, 1.5
 WIDTHS = (784, 1024, 10)
 
 
-def mlp(params, x):
-    return jax.nn.relu(x @ params["w"]) @ params["v"]
-
-
-def weights(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {"w": rng.normal(size=WIDTHS[:2]).astype(np.float32), "v": rng.normal(size=WIDTHS[1:]).astype(np.float32)}
-
-
 def make(seed: int) -> Callable[[], object]:
-    return lambda: ji.endpoint(mlp, weights(seed), example=np.zeros(WIDTHS[0], np.float32), max_batch=16,
+    return lambda: ji.endpoint(mlp, weights(WIDTHS, seed), example=np.zeros(WIDTHS[0], np.float32), max_batch=16,
                                max_waiting=64)
 
 
@@ -62,7 +53,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a check that it runs")
     quick = parser.parse_args().quick
     seconds = 0.5 if quick else SECONDS
-    registry, both = ji.Registry(), [weights(1), weights(2)]
+    registry, both = ji.Registry(), [weights(WIDTHS, 1), weights(WIDTHS, 2)]
     registry.load("mine", make(1))
     registry.load("other", make(3))
     mine, other = registry["mine"], registry["other"]

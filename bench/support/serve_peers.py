@@ -22,10 +22,9 @@ WIDTHS = (784, 256, 10)
 def model():
     import jax
     import numpy as np
+    from mlp import mlp, weights
 
-    rng = np.random.default_rng(0)
-    params = {"w": rng.normal(size=WIDTHS[:2]).astype(np.float32), "v": rng.normal(size=WIDTHS[1:]).astype(np.float32)}
-    apply = jax.jit(lambda params, x: jax.nn.relu(x @ params["w"]) @ params["v"])
+    params, apply = weights(WIDTHS), jax.jit(mlp)
 
     def predict(rows):
         """Padded to a power of two, as ours are: a new shape would compile."""

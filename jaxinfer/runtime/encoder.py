@@ -19,7 +19,7 @@ from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Encoder, Run
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.runner import Flight, Result, Runner
-from jaxinfer.runtime.served import Served
+from jaxinfer.runtime.served import Served, VersionedWork
 from jaxinfer.runtime.versions import Version
 from jaxinfer.scheduler.batcher import Ask, Batcher
 
@@ -50,20 +50,19 @@ class Batch:
     started: float
 
 
-class FlatWork:
+class FlatWork(VersionedWork):
     """Runs an Encoder for a `Runner`: the rows of a batch stand side by side, and only the bucket's end is padding."""
 
     def __init__(self, programs: Encoders, ladder: dict[int, tuple[EncoderBucket, ...]], version: Version):
-        self.programs, self.ladder, self.version = programs, ladder, version
-        self.bytes_in = self.bytes_copied = 0
-        self._seconds: dict[EncoderBucket, float] = {}
+        super().__init__(version)
+        self.programs, self.ladder = programs, ladder
 
     def bucket(self, longest: int, tokens: int) -> EncoderBucket:
         return next(b for b in self.ladder[longest] if b.tokens >= tokens)
 
     def cost(self, longest: Any, count: int) -> float:
         """Seconds that a batch will take, as far as is known."""
-        return self._seconds.get(self.bucket(longest, min(count * longest, self.ladder[longest][-1].tokens)), 0.0)
+        return self.seconds(self.bucket(longest, min(count * longest, self.ladder[longest][-1].tokens)))
 
     def dispatch(self, asks: list[Ask]) -> Flight:
         version, lens = self.version, np.array([len(ask.payload.ids) for ask in asks], np.int32)
@@ -85,8 +84,7 @@ class FlatWork:
         batch: Batch = flight.work
         vectors = np.array(batch.outputs["vector"])
         logits = np.array(batch.outputs["logits"]) if "logits" in batch.outputs else None
-        seconds = time.perf_counter() - batch.started
-        self._seconds[batch.key] = 0.8 * self._seconds.get(batch.key, seconds) + 0.2 * seconds
+        self.took(batch.key, batch.started)
         per_token, results = self.programs.encoder.head_per_token, []
         for r in range(len(flight.asks)):
             own = slice(batch.ends[r], batch.ends[r + 1]) if per_token else r

@@ -21,6 +21,7 @@ from jaxinfer.errors import Closed, RequestFailed, StepFailed
 from jaxinfer.graph import Run, State
 from jaxinfer.request import FinishReason, Sequence
 from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.living import call_on
 from jaxinfer.runtime.pack import Packer
 from jaxinfer.scheduler import Drawn, Plan, Scheduler
 
@@ -105,19 +106,13 @@ class Engine:
 
     def swap(self, params: Any, onward: bool = False, version: int | None = None) -> int:
         """Between two steps, let new sequences run on other weights (`Scheduler.swap`); returns their version."""
-        done = threading.Event()
-
         def change():
             number = self.scheduler.version + 1 if version is None else version
             self.weights = {**self.weights, number: params}
             self.scheduler.swap(number, onward)
             self._forget_weights()
-            done.set()
 
-        self._post(change)
-        while not done.wait(0.1):
-            if not self._thread.is_alive():
-                raise Closed()
+        call_on(self._thread, self._post, change)
         return self.scheduler.version
 
     def _post(self, action: Callable[[], None]) -> None:

@@ -1,11 +1,13 @@
-"""How whatever serves requests comes to its end: drained, or at once, and by itself when it is dropped."""
+"""What all that serve from a thread of their own share: how they are told something, and how they end."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Self
 
+from jaxinfer.errors import Closed
 from jaxinfer.runtime.admission import Admission
 
 
@@ -40,3 +42,13 @@ class Living:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def call_on(thread: threading.Thread, post: Callable[[Callable[[], Any]], object], action: Callable[[], object]
+            ) -> None:
+    """Have `thread` run what is posted to it, and wait until it has. Raises Closed if it ends before."""
+    done = threading.Event()
+    post(lambda: (action(), done.set()))
+    while not done.wait(0.1):
+        if not thread.is_alive():
+            raise Closed()

@@ -20,6 +20,7 @@ from jaxinfer.compiler.functions import FunctionKey, Functions
 from jaxinfer.errors import RequestFailed
 from jaxinfer.runtime.buffers import Buffers, is_aligned
 from jaxinfer.runtime.runner import Flight, Result
+from jaxinfer.runtime.served import VersionedWork
 from jaxinfer.runtime.versions import Version
 from jaxinfer.scheduler.batcher import Ask
 
@@ -77,20 +78,19 @@ class Packed:
     started: float
 
 
-class PaddedWork:
+class PaddedWork(VersionedWork):
     """Runs `functions` for a `Runner`. `version` and `ladders` may be replaced at any time: a batch reads each once.
     `sizes` counts the true sizes that came, by axis."""
 
     def __init__(self, functions: Functions, version: Version, ladders: Ladders, nan: NanPolicy):
-        self.functions, self.version, self.ladders, self.nan = functions, version, ladders, nan
-        self.bytes_in = self.bytes_copied = 0
+        super().__init__(version)
+        self.functions, self.ladders, self.nan = functions, ladders, nan
         self.sizes: dict[str, Counter[int]] = defaultdict(Counter)
         self._buffers = Buffers()
-        self._seconds: dict[FunctionKey, float] = {}  # that a batch of this shape takes, on average
 
     def cost(self, shape: Any, count: int) -> float:
         """Seconds that a batch will take, as far as is known."""
-        return self._seconds.get(self.ladders.key(shape, count), 0.0)
+        return self.seconds(self.ladders.key(shape, count))
 
     def dispatch(self, asks: list[Ask]) -> Flight:
         version, key = self.version, self.ladders.key(asks[0].shape, len(asks))
@@ -132,8 +132,7 @@ class PaddedWork:
         packed: Packed = flight.work
         leaves, structure = jax.tree.flatten(packed.outputs)
         arrays = [np.asarray(leaf) for leaf in leaves]
-        seconds = time.perf_counter() - packed.started
-        self._seconds[packed.key] = 0.8 * self._seconds.get(packed.key, seconds) + 0.2 * seconds
+        self.took(packed.key, packed.started)
         rows = [arrays] if packed.key.rows is None else self._rows(arrays, len(flight.asks))
         results = [self._result(ask, row, packed.key, structure) for ask, row in zip(flight.asks, rows, strict=True)]
         if packed.buffers is not None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from jaxinfer import events
 from jaxinfer.errors import Closed, Expired, StepFailed
 from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.living import call_on
 from jaxinfer.runtime.replies import wake_loops
 from jaxinfer.runtime.timer import TIMER
 from jaxinfer.scheduler.batcher import Ask, Batcher
@@ -110,11 +111,7 @@ class Runner:
 
     def call(self, action: Callable[[], Any]) -> None:
         """Run `action` on the runner's thread, between two batches, and wait for it."""
-        done = threading.Event()
-        self._post(lambda: (action(), done.set()))
-        while not done.wait(0.1):
-            if not self._thread.is_alive():
-                raise Closed()
+        call_on(self._thread, self._post, action)
 
     @property
     def closed(self) -> bool:

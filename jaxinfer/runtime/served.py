@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -37,12 +38,23 @@ class Statistics:
     version: int
 
 
-class VersionedWork(Work, Protocol):
-    """Work on weights that can be replaced: each batch reads `version` once."""
+class VersionedWork(Work):
+    """Work on weights that can be replaced: each batch reads `version` once. Counts bytes, and knows how long batches
+    of each shape take, on average."""
 
-    version: Version
-    bytes_in: int
-    bytes_copied: int
+    def __init__(self, version: Version):
+        self.version = version
+        self.bytes_in = self.bytes_copied = 0
+        self._seconds: dict[Hashable, float] = {}
+
+    def seconds(self, key: Hashable) -> float:
+        """That a batch of this shape will take, as far as is known."""
+        return self._seconds.get(key, 0.0)
+
+    def took(self, key: Hashable, started: float) -> None:
+        """A batch of this shape, launched at `started`, has just come back."""
+        seconds = time.perf_counter() - started
+        self._seconds[key] = 0.8 * self._seconds.get(key, seconds) + 0.2 * seconds
 
 
 class Served(Living):
