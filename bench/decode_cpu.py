@@ -33,6 +33,8 @@ import numpy as np
 from support.report import BENCH, cores, publish, table, versions
 
 import jaxinfer
+from jaxinfer.compiler import Key
+from jaxinfer.compiler.buckets import decode
 from jaxinfer.frontend.catalog import resolve
 from jaxinfer.graph import Run
 
@@ -132,8 +134,7 @@ def breakdown(lm: jaxinfer.LanguageModel, rounds: int, contexts: range) -> dict[
     """Milliseconds of `forward` with `ROWS` rows, averaged over `contexts` (its cost grows in steps, page by page),
     and of the floors at their mean."""
     executables, params, config = lm._engine.executables, lm.params, lm.config  # the engine is idle
-    bucket = executables.ladder.fit(ROWS, ROWS)
-    forward = executables.forward(bucket, ROWS)
+    forward = executables.get(Key("forward", decode(ROWS)))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), executables.state)
     tables = {}
@@ -149,7 +150,7 @@ def breakdown(lm: jaxinfer.LanguageModel, rounds: int, contexts: range) -> dict[
         for context in contexts:
             tokens_T = rng.integers(0, lm.graph.vocab, ROWS, dtype=np.int32)
             run = Run(tokens_T, np.arange(ROWS + 1, dtype=np.int32), np.full(ROWS, context, np.int32),
-                      np.arange(ROWS, dtype=np.int32), tables, 1)
+                      np.arange(ROWS, dtype=np.int32), tables, 1, ROWS)
             start = time.perf_counter()
             state, logits_RV = forward(params, state, last_S, run)
             logits_RV.block_until_ready()

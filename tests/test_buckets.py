@@ -11,17 +11,21 @@ from jaxinfer.compiler.buckets import STEPS, decode, mixed, powers, prompt
 MAX_ROWS, MAX_CONTEXT = st.integers(1, 4096), st.integers(2, 2**17)
 
 
-@given(max_rows=MAX_ROWS, max_context=MAX_CONTEXT, chunks=st.sampled_from((0, 1)), data=st.data())
+@given(max_rows=MAX_ROWS, max_context=MAX_CONTEXT, chunks=st.sampled_from((0, 1, None)), data=st.data())
 def test_every_step_fits_a_bucket_of_at_most_sixteen(max_rows, max_context, chunks, data):
     ladder = default_ladder(max_rows, max_context, chunks)
     assert len(ladder.buckets) == len(set(ladder.buckets)) <= 16
     rows, tokens = data.draw(st.integers(1, max_rows)), data.draw(st.integers(1, ladder.chunk))
     steps = [decode(rows), prompt(tokens), *([mixed(rows, tokens)] if chunks else [])]
+    if chunks is None:  # any rows
+        tokens = data.draw(st.integers(rows, ladder.budget))
+        steps.append(Bucket(min(tokens - rows + 1, ladder.chunk), rows, tokens, data.draw(st.integers(0, rows - 1))))
     for step in steps:
         holding = ladder.holding(step)
-        assert holding and holding[0] == min(holding, key=lambda b: (b.tokens, b.rows))
+        assert holding and holding[0] == min(holding, key=lambda b: (b.tokens, b.rows, b.longest))
         assert all(b in ladder.buckets and b.holds(step) for b in holding)
-    assert ladder.holding(decode(rows))[0].tokens < 2 * rows or chunks
+    assert ladder.holding(decode(rows))[0].tokens < 2 * rows or chunks == 1
+    assert ladder.holding(decode(max_rows))[0].longest == 1, "a full house decodes in a step made for decoding"
     assert any(b.holds(prompt(tokens)) for b in ladder.prompts)
 
 

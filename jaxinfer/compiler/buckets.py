@@ -56,7 +56,12 @@ class Ladder:
 
     def holding(self, shape: Bucket) -> list[Bucket]:
         """The buckets that a step of this shape can run in, the smallest first."""
-        return sorted((b for b in self.buckets if b.holds(shape)), key=lambda b: (b.tokens, b.rows))
+        return sorted((b for b in self.buckets if b.holds(shape)), key=lambda b: (b.tokens, b.rows, b.longest))
+
+    @property
+    def budget(self) -> int:
+        """The most tokens that a step can have."""
+        return max(b.tokens for b in self.buckets)
 
     @property
     def together(self) -> tuple[int, ...]:
@@ -79,12 +84,17 @@ def powers(most: int, *, least: int = 1, factor: int = 2) -> tuple[int, ...]:
 
 def default_ladder(max_rows: int, max_context: int, chunks: int | None = 0) -> Ladder:
     """Powers of two from 32 to 512 for prompts (of four, from 1,025 rows on) and for rows; then, as far as sixteen
-    programs go, every other row count again for several steps in a call. Where attention can mix (`chunks` is not 0),
-    a prompt chunk shares its step with up to `max_rows` decode rows."""
-    chunk = min(512, max_context)
-    sizes = powers(chunk, least=min(32, chunk), factor=2 if max_rows <= 1024 else 4)
-    first = tuple(prompt(n) if chunks == 0 else mixed(max_rows, n) for n in sizes)
+    programs go, every other row count again for several steps in a call. Where attention can mix any rows (`chunks`
+    is None), steps of up to 2,048 tokens hold whatever comes; where it can mix a few, a prompt chunk shares its step
+    with up to `max_rows` decode rows; where it cannot (0), with none."""
     rows = tuple(decode(n) for n in powers(max_rows))
+    chunk = min(512 if chunks is not None else 2048, max_context)
+    if chunks is None:
+        sizes = powers(max(chunk, max_rows), least=min(32, chunk))[len(rows) - MOST_BUCKETS:]
+        first = tuple(Bucket(n, min(max_rows, n), n) for n in sizes)
+    else:
+        sizes = powers(chunk, least=min(32, chunk), factor=2 if max_rows <= 1024 else 4)
+        first = tuple(prompt(n) if chunks == 0 else mixed(max_rows, n) for n in sizes)
     left = MOST_BUCKETS - len(first) - len(rows)
     together = tuple(decode(b.rows, STEPS) for b in rows[::-2][: left // 2])  # each greedy, and not
     return Ladder((*first, *rows, *together[::-1]), chunk, tuple(map(prompt, sizes)))

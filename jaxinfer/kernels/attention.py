@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.graph import Pages, Run
+from jaxinfer.kernels.attention_gpu import NEVER, attend_triton
 from jaxinfer.kernels.op import Op
-
-NEVER = -1e30  # finite: a row that sees nothing yet keeps exp(NEVER - NEVER) away from NaN
 
 
 def init_pages(num_pages: int, page_size: int, kv_heads: int, head_width: int, dtype) -> Pages:
@@ -241,8 +240,9 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
 
 EVERYWHERE = ("cpu", "gpu", "tpu")
 attend = Op("attend", reference=attend_reference,
-            fast={"visits": (EVERYWHERE, attend_visits), "by_page": (EVERYWHERE, attend_by_page)})
-CHUNKS = {("visits", "cpu"): 0, ("visits", "gpu"): 1, ("visits", "tpu"): 1}
+            fast={"triton": (("gpu",), attend_triton), "visits": (EVERYWHERE, attend_visits),
+                  "by_page": (EVERYWHERE, attend_by_page)})
+CHUNKS = {("visits", "cpu"): 0, ("visits", "gpu"): 1, ("visits", "tpu"): 1, ("triton", "gpu"): None}
 
 
 def chunks(platform: str) -> int | None:

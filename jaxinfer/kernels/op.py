@@ -70,3 +70,9 @@ class Op:
         if now:
             now.chosen[self.name] = how
         return (self.reference if how == "reference" else self.fast[how][1])(*args, **kwargs)
+
+
+def platform() -> str:
+    """Where the step being traced will run."""
+    now = _tracing.get()
+    return now.platform if now else jax.default_backend()

@@ -118,8 +118,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         eos = _eos(checkpoint, tokenizer)
         make_state = partial(planning.empty_state, model, groups, number, place)
         delivery = Delivery(tokenizer)
-        scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks,
-                              budget=ladder.buckets[0].tokens if batch_invariant else None)
+        scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks, budget=ladder.budget)
         try:
             engine = Engine(executables, scheduler, params, make_state, delivery.tell, delivery.failed, place,
                             max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
