@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -683,6 +683,33 @@ def test_several_steps_do_not_take_pages_from_others_or_serve_who_wants_more_tha
     assert steps == [1, 4, 4], steps
     begin(scheduler, 1, 3, max_tokens=9, logprobs=0)
     assert {plan.steps for plan in iter(lambda: one(scheduler, steps=4), None)} == {1}
+
+
+@pytest.mark.parametrize("swapping", (False, True))
+@pytest.mark.parametrize("chunks", (0, 1, None))
+def test_whoever_runs_on_old_weights_has_its_turn_however_many_come_and_go_on_new_ones(chunks, swapping):
+    scheduler = Scheduler(KV, max_rows=2, chunk=4, chunks=chunks)
+    begin(scheduler, 0, 3, max_tokens=9)
+    one(scheduler)
+    scheduler.swap(2)
+    turns = []
+    for id in range(1, 10):
+        begin(scheduler, id, 3, max_tokens=1)
+        turns += [plan.version == 1 for plan in (one(scheduler),) if plan]
+        if swapping:
+            scheduler.swap(2 + id)
+    assert {*pairwise(turns)} == {(True, False), (False, True)}, "every other step is its"
+
+
+def test_whoever_goes_on_with_new_weights_keeps_its_turns():
+    scheduler = Scheduler(KV, max_rows=2, chunk=1)
+    begin(scheduler, 0, 1, max_tokens=20)
+    begin(scheduler, 1, 9, max_tokens=1)
+    ids = []
+    for version in range(2, 12):
+        ids += [plan.ids for plan in (one(scheduler),) if plan]
+        scheduler.swap(version, onward=True)
+    assert ids == [[0], [1]] * 5, "swaps keep a prompt from being read"
 
 
 def test_a_prompt_that_is_read_for_its_own_sake_is_read_alone_and_to_its_end():
