@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -162,8 +162,10 @@ class AnyHistory(RuleBasedStateMachine):
         self.told: dict[int, list[int]] = {}
         self.ended: dict[int, str] = {}
         self.begun: set[int] = set()
-        self.version = self.most_versions = 1
-        self.waited: dict[int, int] = {}
+        self.version = 1
+        self.waited: dict[int, int] = {}  # turns of its version that each sequence has not been in
+        self.before: dict[int, set[int]] = {}  # versions that may still go before each one that waits for its turn
+        self.dispatched = True
         self.now = 0.0
 
     # What happens.
@@ -212,6 +214,7 @@ class AnyHistory(RuleBasedStateMachine):
     def fail(self, dispatching):
         """The step being dispatched fails, or the one being read back does."""
         self._fail(self._plan() if dispatching else self.flying[0][0])
+        self.dispatched = True
 
     @precondition(lambda self: any(any(plan.draws) for plan, _ in self.flying))
     @rule(data=st.data())
@@ -258,17 +261,19 @@ class AnyHistory(RuleBasedStateMachine):
             self._commit()
         if plan:
             self.flying.append((plan, self.device.run(plan, self.asked)))
+        self.dispatched = True
         if len(self.flying) > self.ahead:
             self._commit()
 
     def _plan(self, steps: int = 1) -> Plan | None:
-        placed = list(self.scheduler.running)
+        self.dispatched = False
+        self.before = {version: ahead for version, ahead in self.before.items() if version in self.scheduler.versions}
         plan = self.scheduler.plan(steps)
         if plan:
             self._check_columns(plan)
             self._check_kind(plan, steps)
             self._check_rows(plan)
-        self._check_turns(plan, placed)
+        self._check_turns(plan)
         for began in plan.began if plan else ():
             sequence = self.all[began.sequence]
             older = [s.id for s in self.all if s.order < sequence.order and s.ended is None]
@@ -309,22 +314,40 @@ class AnyHistory(RuleBasedStateMachine):
             else:
                 assert end < sequence.total or end == sequence.most, "nothing is drawn where something should be"
 
-    def _check_turns(self, plan: Plan | None, placed: list[Sequence]):
-        """Who could decode, or is the first to read a prompt, and keeps its pages, does so in every step, or in every
-        other if steps are of one kind."""
-        ids = set(plan.ids) if plan else set()
-        placed = [s for s in placed if s.slot is not None and s.id in self.scheduler.sequences]
-        reading = [s for s in placed if s in self.scheduler.reading or (plan and s.id in plan.ids[plan.singles:])]
-        decoding = [s for s in placed if s not in reading and (s.id in ids or (s.unread == 1 and s.total < s.most))]
-        ready = [*decoding, *reading[:1]]
-        self.waited = {s.id: self.waited.get(s.id, 0) + 1 if s.id not in ids else 0 for s in ready}
-        tasks = {s.task for s in reading} | {plan.task if plan else "draw"}
-        self.most_versions = max(self.most_versions, len(self.scheduler.versions), len({s.version for s in placed}))
+    def _check_turns(self, plan: Plan | None):
+        """Who could decode, or is the first to read a prompt, does so in every turn of its version, or in every other
+        if steps are of one kind. Before a version that waits go only those that were there when it began to wait, and
+        each of them once. Somebody more important may come to be the first to read."""
+        ready = {version: self._ready(plan, version) for version in self.scheduler.versions}
+        assert plan or not any(ready.values()), "nothing was planned, although a sequence could run"
+        if not plan:
+            return
+        self._check_turns_of_versions(plan, {version for version, sequences in ready.items() if sequences})
+        others = {id: turns for id, turns in self.waited.items() if self.all[id].version != plan.version}
+        ours = {s.id: self.waited.get(s.id, 0) + 1 if s.id not in plan.ids else 0 for s in ready[plan.version]}
+        self.waited = others | ours
+        tasks = {s.task for s in self._reading(plan, plan.version)} | {plan.task}
         patience = 0 if self.house.chunks != 0 and tasks == {"draw"} else 1
-        if self.most_versions > 1:
-            patience = 2 * self.most_versions - 1  # they take turns, in which steps may be of one kind
-        assert all(times <= patience for times in self.waited.values()), "waited for more than its turn"
-        assert ids or not (decoding or reading), "nothing was planned, although a sequence could run"
+        assert all(turns <= patience for turns in ours.values()), "waited for more than its turn"
+
+    def _check_turns_of_versions(self, plan: Plan, waiting: set[int]):
+        self.before = {version: self.before.get(version, set(self.scheduler.versions)) - {version}
+                       for version in waiting - {plan.version}}
+        for version, ahead in self.before.items():
+            assert plan.version in ahead, f"version {plan.version} goes before version {version} out of turn"
+            ahead.remove(plan.version)
+
+    def _ready(self, plan: Plan | None, version: int) -> list[Sequence]:
+        """Who is in the plan, or could be in it: all that decode, and the first to read a prompt."""
+        reading, ids = self._reading(plan, version), plan.ids if plan else ()
+        decoding = [s for s in self.scheduler.running if s.version == version and s not in reading
+                    and (s.id in ids or (s.unread == 1 and s.total < s.most))]
+        return [*decoding, *reading[:1]]
+
+    def _reading(self, plan: Plan | None, version: int) -> list[Sequence]:
+        ids = plan.ids[plan.singles:] if plan else ()
+        return [s for s in self.scheduler.running
+                if s.version == version and (s in self.scheduler.reading or s.id in ids)]
 
     def _commit(self):
         if self.flying:
@@ -340,6 +363,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     def _fail(self, plan: Plan | None):
         self.flying.clear()
+        self.waited.clear()
         self.device.lose_everything()
         twice = {id for id in plan.ids if self.all[id].failures} if plan else set()
         ended = self.scheduler.rewind(plan)
@@ -393,8 +417,9 @@ class AnyHistory(RuleBasedStateMachine):
             assert s.tokens[s.prompt:] == self.told.get(s.id, []), "a token was not told, or told twice"
 
     def teardown(self):
-        """Left alone, every sequence comes to its end, in about as many steps as it has tokens."""
-        if not hasattr(self, "scheduler"):
+        """Left alone, every sequence comes to its end, in about as many steps as it has tokens. After a plan that was
+        found wrong and never got to the device, nothing holds, and nothing more is to be said."""
+        if not getattr(self, "dispatched", False):
             return
         for _ in range(10 + 10 * sum(len(asked.tokens) for asked in self.asked.values())):
             if not (self.scheduler.sequences or self.flying):
@@ -416,6 +441,88 @@ class TestAnyHistory(AnyHistory.TestCase):
 @pytest.mark.long
 class TestMoreHistories(AnyHistory.TestCase):
     settings = settings(stateful_step_count=60)
+
+
+# Histories that were found.
+
+
+class Said:
+    """What a history asks hypothesis for, said beforehand."""
+
+    def __init__(self, **said):
+        self.said = dict(namespace="a", task="draw", stops=(), logprobs=None, later=0.0, priority=0, samples=1) | said
+
+    def draw(self, strategy, label):
+        return self.said[label]
+
+
+class History(AnyHistory):
+    """Told step by step; after each of them everything must hold."""
+
+    def __init__(self, max_rows: int):
+        super().__init__()
+        windows = PageGroup("near", 2, 6, window=1), PageGroup("far", 2, 9, window=6)
+        self.open(House(windows, max_rows, chunk=1, budget=None, chunks=None), ahead=2)
+
+    def comes(self, prompt: int, *suffix: int, **said):
+        self._submit([*range(10, 10 + prompt), *suffix], Said(**said))
+        self.holds()
+
+    def steps(self, times: int):
+        for _ in range(times):
+            self._step()
+            self.holds()
+
+    def catches_up(self):
+        while self.flying:
+            self._commit()
+        self.holds()
+
+    def ends(self, id: int):
+        self._end(self.scheduler.cancel(id), "cancelled")
+        self.holds()
+
+    def draws_nothing(self, flight: int):
+        """The first row of a step that is in flight."""
+        self.flying[flight][1][0][0] = -1
+
+    def holds(self):
+        self.every_page_is_free_or_held_by_those_that_list_it()
+        self.every_known_page_holds_what_the_tree_says()
+        self.every_sequence_is_in_one_place()
+        self.every_token_is_the_one_it_would_be_alone()
+
+
+def test_a_more_important_prompt_goes_between_two_chunks_of_a_scored_one():
+    history = History(max_rows=4)
+    history.comes(1, max_tokens=15)
+    history.comes(4, 0, task="score", max_tokens=13)
+    history.steps(7)
+    history.comes(11, 0, namespace="b", max_tokens=0, priority=-1)
+    history.draws_nothing(flight=-1)
+    history.steps(1)
+    assert history.flying[-1][0].ids == [0, 2] and [s.id for s in history.scheduler.reading] == [2, 1]
+    history.steps(10)
+    history.teardown()
+    assert history.ended == {0: "failed", 1: "length", 2: "length"}
+
+
+@pytest.mark.parametrize(("max_rows", "max_tokens", "namespace"), ((4, 15, "a"), (2, 12, "b")))
+def test_what_is_known_stays_true_where_a_fork_has_no_room_and_its_elder_cannot_draw(max_rows, max_tokens, namespace):
+    history = History(max_rows)
+    history.comes(1, max_tokens=max_tokens, samples=3)
+    history.steps(12)
+    assert [s.id for s in history.scheduler.waiting] == [2], "the second fork has no pages, or no row"
+    history.ends(1)
+    history.draws_nothing(flight=0)
+    history.comes(4, 0, task="score", max_tokens=13)
+    history.catches_up()
+    history.steps(7)
+    history.comes(4, 0, namespace=namespace, max_tokens=0, priority=-1)
+    history.draws_nothing(flight=-1)
+    history.steps(3)
+    history.teardown()
+    assert history.ended == {0: "failed", 1: "cancelled", 2: "failed", 3: "length", 4: "length"}
 
 
 # Short histories.
@@ -683,6 +790,33 @@ def test_several_steps_do_not_take_pages_from_others_or_serve_who_wants_more_tha
     assert steps == [1, 4, 4], steps
     begin(scheduler, 1, 3, max_tokens=9, logprobs=0)
     assert {plan.steps for plan in iter(lambda: one(scheduler, steps=4), None)} == {1}
+
+
+@pytest.mark.parametrize("swapping", (False, True))
+@pytest.mark.parametrize("chunks", (0, 1, None))
+def test_whoever_runs_on_old_weights_has_its_turn_however_many_come_and_go_on_new_ones(chunks, swapping):
+    scheduler = Scheduler(KV, max_rows=2, chunk=4, chunks=chunks)
+    begin(scheduler, 0, 3, max_tokens=9)
+    one(scheduler)
+    scheduler.swap(2)
+    turns = []
+    for id in range(1, 10):
+        begin(scheduler, id, 3, max_tokens=1)
+        turns += [plan.version == 1 for plan in (one(scheduler),) if plan]
+        if swapping:
+            scheduler.swap(2 + id)
+    assert {*pairwise(turns)} == {(True, False), (False, True)}, "every other step is its"
+
+
+def test_whoever_goes_on_with_new_weights_keeps_its_turns():
+    scheduler = Scheduler(KV, max_rows=2, chunk=1)
+    begin(scheduler, 0, 1, max_tokens=20)
+    begin(scheduler, 1, 9, max_tokens=1)
+    ids = []
+    for version in range(2, 12):
+        ids += [plan.ids for plan in (one(scheduler),) if plan]
+        scheduler.swap(version, onward=True)
+    assert ids == [[0], [1]] * 5, "swaps keep a prompt from being read"
 
 
 def test_a_prompt_that_is_read_for_its_own_sake_is_read_alone_and_to_its_end():

@@ -115,7 +115,7 @@ class Scheduler:
         self.steps = self.preempted = self.read = self.reused = 0
         self.version = 1  # of the weights that whoever begins now runs on
         self.versions: Counter[int] = Counter()  # of those running
-        self._turned: dict[int, tuple[int, bool]] = {}  # the last step of each of them, and whether it decoded
+        self._turned: dict[int, tuple[int, bool]] = {}  # the last step of each, or before it came; whether it decoded
         self.drawing = self.fancy = 0  # running sequences that draw at random, and that want more than to draw
         self.stops: Counter[int] = Counter()  # tokens at which somebody stops
         self._last: Plan | None = None
@@ -147,6 +147,8 @@ class Scheduler:
             elif onward:
                 sequence.version, sequence.namespace, sequence.node = version, None, None
         self.versions = Counter(sequence.version for sequence in self.running)
+        if onward and self._turned:
+            self._turned = {version: max(self._turned.values())}
         self._decoding = None
 
     def cancel(self, id: int, reason: FinishReason = "cancelled") -> Sequence | None:
@@ -172,7 +174,7 @@ class Scheduler:
 
     def _turns(self) -> list[int]:
         """The versions of those running, the one whose turn is the longest ago first."""
-        return sorted(self.versions, key=lambda version: self._turned.get(version, (0, False)))
+        return sorted(self.versions, key=self._turned.__getitem__)
 
     def _fill(self, plan: Plan, steps: int) -> None:
         first = next((s for s in self.reading if s.version == plan.version), None)
@@ -182,7 +184,8 @@ class Scheduler:
             self._decode(plan, self._together(steps))
             self._read(plan)
         else:  # steps of one kind: they take turns
-            if self._turned.get(plan.version, (0, False))[1]:
+            _, decoded = self._turned.get(plan.version, (0, False))  # none if it has lost all its pages just now
+            if decoded:
                 self._read(plan)
             if not plan.ids:
                 self._decode(plan, self._together(steps))
@@ -242,6 +245,7 @@ class Scheduler:
         sequence.pages = {group.name: [] for group in self.groups}
         insort(self.running, sequence, key=BY_ORDER)
         self.versions[sequence.version] += 1
+        self._turned.setdefault(sequence.version, (self.steps, False))  # behind those that wait already
         self.drawing += sequence.sampling.temperature > 0
         self.fancy += not sequence.plain
         plan.began.append(Began(sequence.id, slot, tuple(sequence.tokens), sequence.prompt, sequence.sampling))
@@ -504,7 +508,6 @@ class Scheduler:
             sequence.total, sequence.known = len(sequence.tokens), 0
         self.tree.clear()
         self._last = self._refused = None
-        self._turned.clear()
         return ended
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -519,7 +522,7 @@ class Scheduler:
         self.versions[sequence.version] -= 1
         if not self.versions[sequence.version]:
             del self.versions[sequence.version]
-            self._turned.pop(sequence.version, None)
+            del self._turned[sequence.version]
         self.drawing -= sequence.sampling.temperature > 0
         self.fancy -= not sequence.plain
         if sequence in self.reading:
