@@ -24,7 +24,8 @@ NEVER = -1e30  # finite: a row that sees nothing yet keeps exp(NEVER - NEVER) aw
 LOG2E = math.log2(math.e)
 BLOCKS = 264  # of decode, at least, where there are pages enough: two for each of an H100's 132 multiprocessors
 WARPS, STAGES = 4, 3
-QUERIES = 128  # of a block of many tokens
+PREFILL = 4, 2
+QUERIES = 64  # of a block of many tokens
 
 
 def attend_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, group, scale, window=None, softcap=None):
@@ -61,7 +62,9 @@ def _dot(a, b, **how):
 
 
 def _load(ref, *at, mask):
-    """What a masked block of an array holds; zero where the mask is false."""
+    """What a block of an array holds; zero where the mask is false."""
+    if mask is True:
+        return plt.load(ref.at[at])
     shape = jnp.broadcast_shapes(*(x.shape for x in at if getattr(x, "ndim", 0)))
     return plt.load(ref.at[at], mask=jnp.broadcast_to(mask, shape), other=0)
 
@@ -75,14 +78,15 @@ def _scores(q_XH, k_SH, seen_XS, scale, softcap):
     scores_XS = _dot(q_XH, k_SH, trans_b=True) * scale
     if softcap is not None:
         scores_XS = softcap * jnp.tanh(scores_XS / softcap)
-    return jnp.where(seen_XS, scores_XS * LOG2E, NEVER)
+    return scores_XS * LOG2E if seen_XS is True else jnp.where(seen_XS, scores_XS * LOG2E, NEVER)
 
 
 def _add(carry, scores_XS, seen_XS, v_SH):
     """One step of the online softmax (Milakov and Gimelshein, 2018)."""
     top_X, sum_X, out_XH = carry
     top_new = jnp.maximum(top_X, scores_XS.max(1))
-    weights_XS = jnp.where(seen_XS, jnp.exp2(scores_XS - top_new[:, None]), 0.0)
+    weights_XS = jnp.exp2(scores_XS - top_new[:, None])
+    weights_XS = weights_XS if seen_XS is True else jnp.where(seen_XS, weights_XS, 0.0)
     decay_X = jnp.exp2(top_X - top_new)
     out_XH = out_XH * decay_X[:, None] + _dot(weights_XS.astype(v_SH.dtype), v_SH)
     return top_new, sum_X * decay_X + weights_XS.sum(1), out_XH
@@ -140,7 +144,7 @@ def _decode_kernel(kv_len_ref, table_ref, x_ref, _k, _v, out_ref, size_ref, k_pa
     def read(p, carry):
         page, at_S = table_ref[r, p], p * S + s_S
         seen_S = at_S < here if window is None else (at_S < here) & (at_S > here - window)
-        k_SH = _load(k_pages_ref, page, k, s_S[:, None], h_1H, mask=width_1H)
+        k_SH = _load(k_pages_ref, page, k, s_S[:, None], h_1H, mask=True if _power(H) == H else width_1H)
         v_SH = _load(v_pages_ref, page, k, s_S[:, None], h_1H, mask=width_1H & seen_S[:, None])
         return _add(carry, _scores(q_GH, k_SH, seen_S[None], scale, softcap), seen_S[None], v_SH)
 
@@ -185,12 +189,12 @@ def _prefill(x_TXH, pages: Pages, run: Run, table_RP, *, scale, window, softcap)
     tokens = min(max(16, QUERIES // _power(N // K)), _power(T))
     lens_R = run.cu_q_lens[1:] - run.cu_q_lens[:-1]
     ends_R = jnp.cumsum(-(-lens_R // tokens))
-    b_B = jnp.arange(min(T, -(-T // tokens) + R))
+    b_B = jnp.arange(min(T, -(-T // tokens) + R))[::-1]  # the last blocks of a long row take the longest
     row_B = jnp.minimum((ends_R[None] <= b_B[:, None]).sum(1, dtype=jnp.int32), R - 1)
     nth_B = jnp.where(b_B < ends_R[-1], b_B - ends_R[row_B] - (-lens_R[row_B] // tokens), lens_R[row_B])
     kernel = partial(_prefill_kernel, tokens=tokens, scale=scale, window=window, softcap=softcap)
     out = [jax.ShapeDtypeStruct((T, N, H), pages.k.dtype)]
-    call = _call(kernel, grid=(len(b_B), K), out=out, warps=8, stages=2)
+    call = _call(kernel, grid=(len(b_B), K), out=out, warps=PREFILL[0], stages=PREFILL[1])
     return call(row_B, nth_B, run.cu_q_lens, run.kv_lens_R, table_RP, x_TXH, *pages)[0]
 
 
@@ -210,17 +214,21 @@ def _prefill_kernel(row_ref, nth_ref, start_ref, kv_len_ref, table_ref, x_ref, k
     first = 0 if window is None else jnp.maximum(earliest - window + 1, 0) // S
     end = jnp.where(first_token < count, latest // S + 1, 0)
     q_XH = _load(x_ref, t_X1, n_X1, h_1H, mask=real_XH)
+    whole = first if window is not None else jnp.minimum((earliest + 1) // S, end)  # pages that all queries see all of
 
-    def read(p, carry):
-        page, at_S = table_ref[r, p], p * S + s_S
-        seen_XS = at_S[None] <= here_X1
+    def read(p, carry, masked):
+        page, at_S, width = table_ref[r, p], p * S + s_S, True if _power(H) == H else h_1H < H
+        seen_XS, real_SH = True, width
+        if masked:
+            seen_XS, real_SH = at_S[None] <= here_X1, width & (at_S <= latest)[:, None]
         if window is not None:
             seen_XS &= at_S[None] > here_X1 - window
-        k_SH = _load(k_pages_ref, page, k, s_S[:, None], h_1H, mask=h_1H < H)
-        v_SH = _load(v_pages_ref, page, k, s_S[:, None], h_1H, mask=(h_1H < H) & (at_S <= latest)[:, None])
+        k_SH = _load(k_pages_ref, page, k, s_S[:, None], h_1H, mask=width)
+        v_SH = _load(v_pages_ref, page, k, s_S[:, None], h_1H, mask=real_SH)
         return _add(carry, _scores(q_XH, k_SH, seen_XS, scale, softcap), seen_XS, v_SH)
 
     X = q_XH.shape[0]
-    start = (jnp.full(X, NEVER, jnp.float32), jnp.zeros(X, jnp.float32), jnp.zeros(q_XH.shape, jnp.float32))
-    _, sum_X, out_XH = lax.fori_loop(first, end, read, start)
+    carry = (jnp.full(X, NEVER, jnp.float32), jnp.zeros(X, jnp.float32), jnp.zeros(q_XH.shape, jnp.float32))
+    carry = lax.fori_loop(first, whole, partial(read, masked=False), carry)
+    _, sum_X, out_XH = lax.fori_loop(whole, end, partial(read, masked=True), carry)
     _store(out_ref, out_XH / jnp.where(sum_X > 0, sum_X, 1.0)[:, None], t_X1, n_X1, h_1H, mask=real_XH)
