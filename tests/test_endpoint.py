@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import jaxinfer as ji
 from jaxinfer import events
 from jaxinfer.errors import Closed, Expired, InvalidOption, InvalidRequest, Rejected, RequestFailed, StepFailed
-from tests.running import endings, eventually
+from tests.running import endings, eventually, retries
 
 
 def mlp(params, x):
@@ -116,13 +116,14 @@ def test_any_pytree_goes_in_and_comes_out(tree, data):
         total = sum(x.astype(jnp.float32).reshape(x.shape[0], -1).sum(1) for x in jax.tree.leaves(tree))
         return {"same": tree, "total": total}
 
-    with ji.endpoint(call, example=(draw(),), max_batch=4) as f:
+    with ji.endpoint(call, example=(draw(),), max_batch=4) as f, retries() as retried:
         asked = [draw() for _ in range(data.draw(st.integers(1, 9)))]
         for request, result in zip(asked, f.map(asked), strict=True):
             assert jax.tree.structure(result["same"]) == jax.tree.structure(request)
             for before, after in zip(jax.tree.leaves(request), jax.tree.leaves(result["same"]), strict=True):
                 assert after.dtype == before.dtype and np.array_equal(after, before)
             assert float(result["total"]) == sum(float(x.astype(np.float32).sum()) for x in jax.tree.leaves(request))
+    assert not retried
 
 
 def read(params, ids, mask):
@@ -170,6 +171,12 @@ def test_the_batch_may_be_elsewhere_or_nowhere(axis, out_axis):
 def test_scalars_are_requests():
     with ji.endpoint(lambda a, b: a + b, example={"a": 0, "b": 0.0}, max_batch=4) as f:
         assert float(f(2, b=0.5)) == 2.5 and float(f(a=np.int32(3), b=1)) == 4.0
+
+
+def test_scalars_share_batches():
+    with ji.endpoint(lambda a: 2 * a, example={"a": 0.0}, max_batch=8) as f, retries() as retried:
+        assert [float(y) for y in f.map([float(i) for i in range(32)])] == [2.0 * i for i in range(32)]
+        assert f.stats.batches < 20 and not retried, "each went alone"
 
 
 def test_flax_modules_are_taken_as_they_are():
@@ -437,7 +444,8 @@ def test_a_request_that_breaks_its_batch_fails_alone():
     def call(x):
         return jax.pure_callback(refuse, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-    with ji.endpoint(call, example=np.zeros(2, np.float32), max_batch=8) as f, endings() as ended:
+    with (ji.endpoint(call, example=np.zeros(2, np.float32), max_batch=8) as f, endings() as ended,
+          retries() as retried):
         f.warmup()
         replies = [f.submit(np.full(2, i, np.float32)) for i in range(10, 20)]
         errors = [reply.exception(20) for reply in replies]
@@ -445,6 +453,7 @@ def test_a_request_that_breaks_its_batch_fails_alone():
         assert [r.result().tolist() for r, e in zip(replies, errors, strict=True) if e is None] == [
             [i, i] for i in range(10, 20) if i != 13]
         assert sorted(e.reason for e in ended) == ["failed", *["stop"] * 9]
+        assert len(retried) == 1 and "unlucky" in str(retried[0].error)
 
 
 def test_a_callback_that_exits_harms_nobody(f):

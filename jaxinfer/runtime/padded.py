@@ -121,7 +121,10 @@ class PaddedWork(VersionedWork):
         self.bytes_copied += nbytes
         buffers = self._buffers.take(key, [(leaf.sized(key.rows, sizes), leaf.dtype) for leaf in leaves])
         for i, (leaf, buffer) in enumerate(zip(leaves, buffers, strict=True)):
-            rows = [buffer] if key.rows is None else np.moveaxis(buffer, leaf.batch, 0)
+            rows = [buffer]
+            if key.rows is not None:
+                moved = np.moveaxis(buffer, leaf.batch, 0)
+                rows = [moved[row, ...] for row in range(key.rows)]  # views, of numbers as well
             for row, ask in zip(rows, asks, strict=False):
                 _write(row, ask.payload.arrays[i], leaf.pad)
             for row in rows[len(asks):]:

@@ -186,6 +186,8 @@ class Runner:
 
     def _retry(self, asks: list[Ask], error: Exception) -> None:
         """A batch failed: each of its requests is tried once more, alone, so that one cannot harm the others."""
+        if len(asks) > 1:
+            events.emit(events.Retried(len(asks), error))
         for ask in asks:
             if len(asks) > 1:
                 try:
