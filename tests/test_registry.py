@@ -125,6 +125,19 @@ def test_a_version_is_drained_before_it_is_closed(registry):
     assert registry.versions("m") == [2]
 
 
+def test_what_an_iterator_gives_is_asked_again_of_the_next_version(registry):
+    registry.load("m", constant(1))
+    handle, old = registry["m"], registry["m"].version.model
+    ask = old.map
+
+    def flipped_meanwhile(requests):
+        registry.load("m", constant(2))
+        return ask(requests)
+
+    old.map = flipped_meanwhile
+    assert [numbers(result) for result in handle.map(X for _ in range(5))] == [{2.0}] * 5
+
+
 def test_one_models_overload_and_end_leave_the_others_alone(registry):
     held = Held()
     registry.load("slow", lambda: held.endpoint(max_batch=1, max_waiting=2, max_delay=0))

@@ -22,7 +22,7 @@ class Endpoint(Served):
     """What `jaxinfer.endpoint` returns. Call it with one request, as the example shows it, without the batch axis: the
     result is what the function gives for it alone.
 
-    An array at a 64-byte boundary may be read where it lies: leave it as it is until its result has come.
+    An array may be read where it lies, and any time later: leave it as it is until its result has come.
     """
 
     _work: PaddedWork

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -234,6 +234,7 @@ class Handle:
         return (lambda *args, **kwargs: self._ask(verb, args, kwargs)) if callable(found) else found
 
     def _ask(self, verb: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _repeatable(args), dict(zip(kwargs, _repeatable(kwargs.values()), strict=True))
         while True:
             version = self.version
             try:
@@ -242,6 +243,7 @@ class Handle:
                 self._check_moved(version)
 
     async def _await(self, verb: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _repeatable(args), dict(zip(kwargs, _repeatable(kwargs.values()), strict=True))
         while True:
             version = self.version
             try:
@@ -252,3 +254,8 @@ class Handle:
     def _check_moved(self, version: ModelVersion) -> None:
         if self._shelf.labels.get(self._label) is version:
             raise Closed()
+
+
+def _repeatable(values: Iterable[Any]) -> tuple:
+    """What is asked twice if the version is closed meanwhile: an iterator would be empty the second time."""
+    return tuple(list(value) if isinstance(value, Iterator) else value for value in values)
