@@ -149,6 +149,11 @@ def test_ragged_axes_are_padded_and_cut_again(lengths, seed):
                 np.testing.assert_allclose(result[name], expected[name][0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_function_of_one_size_of_batch_is_given_no_other():
+    with ji.endpoint(lambda x: x.reshape(8, 4), example=np.zeros(4, np.float32), ladders={"B": (8,)}) as f:
+        assert f.map(np.eye(4, dtype=np.float32))[2].tolist() == [0, 0, 1, 0]
+
+
 def test_an_axis_without_rungs_is_not_padded():
     with ji.endpoint(lambda x: x.mean(1), example=np.zeros(5, np.float32), ragged={"0": {0: "n"}},
                      ladders={"n": None}, max_batch=4) as f:
@@ -278,8 +283,11 @@ def test_what_does_not_fit_is_refused_at_the_door(f, args, kwargs, message):
 
 
 @pytest.mark.parametrize("fn, options, message", [
-    (lambda x: x.sum(), {}, r"the output has shape \[\] for a batch of 2.*must have the batch as its axis 0"),
-    (lambda x: {"y": x, "z": x.T}, {}, r"\['z'\] has shape \[4, 2\] for a batch of 2"),
+    (lambda x: x.sum(), {}, r"the output has shape \[\] for a batch of 64.*must have the batch as its axis 0"),
+    (lambda x: {"y": x, "z": x.T}, {}, r"\['z'\] has shape \[4, 64\] for a batch of 64"),
+    (lambda x: x.sum(0), {"ragged": {"x": {0: "n"}}, "ladders": {"n": None}}, r"has shape \[4\] for a batch of 64"),
+    (lambda x: x.sum(0), {"ladders": {"B": (4,)}}, r"has shape \[4\] for a batch of 4 and \[4\] for a batch of 5"),
+    (lambda x: None, {}, "returns no array"),
     (lambda x: x @ jnp.ones((3, 3)), {}, "cannot be traced for a batch"),
     (lambda x: x, {"axis": 2}, "axis of x is 2; it must be 0 to 1"),
     (lambda x: x, {"ragged": {"y": {0: "n"}}}, r"ragged names \['y'\]; the example's arrays are \['x'\]"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxinfer.compiler.buckets import powers
 from jaxinfer.compiler.encoders import Encoders, encoder_ladder
-from jaxinfer.compiler.functions import FunctionKey, Functions, LeafLike
+from jaxinfer.compiler.functions import Functions, LeafLike
 from jaxinfer.errors import UnsupportedModel
 from jaxinfer.frontend.checkpoint import Checkpoint
 from jaxinfer.frontend.sentence import read_pipeline
@@ -61,7 +61,7 @@ def load_onnx_endpoint(path: Path, *, max_batch: int, max_waiting: int, device: 
     functions = Functions(call, params, leaves, structure, 0, device)
     try:
         if not any(isinstance(dim, str) for leaf in leaves for dim in leaf.shape):
-            functions.check(FunctionKey(2 if axes else None, ()))
+            functions.check((), axes.get(BATCH))
         names = tuple(name for name, like in graph.inputs.items() if not like.optional)
         endpoint = Endpoint(functions, params, Door(leaves, structure, names, {}), Ladders(axes), max_delay=MAX_DELAY,
                             max_waiting=max_waiting, nan="pass", name=graph.name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxinfer import compiler
 from jaxinfer.compiler.buckets import powers
-from jaxinfer.compiler.functions import FunctionKey, Functions, LeafLike
+from jaxinfer.compiler.functions import Functions, LeafLike
 from jaxinfer.errors import InvalidOption
 from jaxinfer.frontend.modules import as_function
 from jaxinfer.runtime import memory as planning
@@ -68,9 +68,9 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     params = jax.device_put(params, place)
     functions = Functions(call, params, leaves, structure, out_axis, place)
     try:
-        smallest = tuple((dim, rungs.axes[dim][0]) for dim in sorted(_named(leaves)) if dim in rungs.axes)
-        if len(smallest) == len(_named(leaves)):
-            functions.check(FunctionKey(2 if BATCH in rungs.axes else None, smallest))
+        smallest = tuple((dim, rungs.axes[dim][0] if dim in rungs.axes else size)
+                         for dim, size in sorted(_sizes(leaves, arguments).items()))
+        functions.check(smallest, rungs.axes[BATCH])
         door = Door(leaves, structure, names, {name: rungs.axes[name][-1] for name in rungs.axes})
         budget = None if memory is None else planning.parse_bytes(memory)
         return Endpoint(functions, params, door, rungs, max_delay=max_delay, max_waiting=max_waiting, nan=nan,
@@ -131,15 +131,16 @@ def _shape(path: str, array: np.ndarray, ragged: Mapping[int, str]) -> tuple[int
     return tuple(shape)
 
 
-def _named(leaves: Sequence[LeafLike]) -> set[str]:
-    return {dim for leaf in leaves for dim in leaf.shape if isinstance(dim, str)}
+def _sizes(leaves: Sequence[LeafLike], arguments: Any) -> dict[str, int]:
+    """The example's own size of each named axis."""
+    return {dim: size for leaf, value in zip(leaves, jax.tree.leaves(arguments), strict=True)
+            for dim, size in zip(leaf.shape, np.shape(value), strict=True) if isinstance(dim, str)}
 
 
 def _ladders(leaves: Sequence[LeafLike], arguments: Any, given: Mapping[str, Sequence[int] | None], max_batch: int
              ) -> Ladders:
-    longest = {dim: size for leaf, value in zip(leaves, jax.tree.leaves(arguments), strict=True)
-               for dim, size in zip(leaf.shape, np.shape(value), strict=True) if isinstance(dim, str)}
-    axes = {BATCH: powers(max_batch)} | {name: powers(size, least=min(16, size)) for name, size in longest.items()}
+    axes = {BATCH: powers(max_batch)} | {name: powers(size, least=min(16, size))
+                                         for name, size in _sizes(leaves, arguments).items()}
     if unknown := sorted(set(given) - set(axes)):
         raise InvalidOption(f"ladders names {unknown}; the axes are {sorted(axes)}")
     for name, rungs in given.items():
