@@ -5,7 +5,6 @@ import asyncio
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -148,39 +147,3 @@ def test_a_body_has_no_classes(path, tmp_path):
         assert body("w1").logits is None
         with pytest.raises(InvalidRequest, match="has no head; classify is for models that classify texts"):
             body.classify("w1")
-
-
-# ONNX.
-
-
-@pytest.fixture(scope="module")
-def onnx_path(tmp_path_factory):
-    onnx = pytest.importorskip("onnx")
-    from onnx import TensorProto, helper, numpy_helper
-
-    value, w = helper.make_tensor_value_info, np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Add", ["h", "y"], ["z"])], "affine",
-        [value("x", TensorProto.FLOAT, ["n", "length", 3]), value("y", TensorProto.FLOAT, ["n", "length", 2])],
-        [value("z", TensorProto.FLOAT, ["n", "length", 2])], [numpy_helper.from_array(w, "w")])
-    path = tmp_path_factory.mktemp("onnx") / "affine.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
-    return path
-
-
-def test_an_onnx_file_is_an_endpoint(onnx_path):
-    with ji.load(onnx_path, max_rows=4) as f:
-        w, rng = np.asarray(f.params["w"]), np.random.default_rng(1)
-        asked = [{"x": rng.normal(size=(n, 3)).astype(np.float32), "y": rng.normal(size=(n, 2)).astype(np.float32)}
-                 for n in (2, 5, 2, 2, 5)]
-        for request, result in zip(asked, f.map(asked), strict=True):
-            np.testing.assert_allclose(result["z"], request["x"] @ w + request["y"], rtol=1e-5, atol=1e-6)
-        x = np.ones((1, 2, 3), np.float32)
-        gradient = jax.grad(lambda x: f.graph.apply(f.params, {"x": x, "y": jnp.zeros((1, 2, 2))})["z"].sum())(x)
-        np.testing.assert_allclose(gradient[0, 0], w.sum(1), rtol=1e-5)
-        assert f.swap({"w": w * 2}) == 2 and ji.inspect(f, {"x": x, "y": x[..., :2]}).nodes == 2
-        with pytest.raises(InvalidRequest, match="arguments are missing: y"):
-            f(asked[0]["x"])
-    for option in (dict(dtype="bfloat16"), dict(batch_invariant=True)):
-        with pytest.raises(InvalidOption):
-            ji.load(onnx_path, **option)

@@ -136,7 +136,8 @@ class PaddedWork(VersionedWork):
         leaves, structure = jax.tree.flatten(packed.outputs)
         arrays = [np.asarray(leaf) for leaf in leaves]
         self.took(packed.key, packed.started)
-        rows = [arrays] if packed.key.rows is None else self._rows(arrays, len(flight.asks))
+        rows = ([[array.copy() for array in arrays]] if packed.key.rows is None
+                else self._rows(arrays, len(flight.asks)))
         results = [self._result(ask, row, packed.key, structure) for ask, row in zip(flight.asks, rows, strict=True)]
         if packed.buffers is not None:
             self._buffers.give(packed.key, packed.buffers)
