@@ -473,6 +473,25 @@ def test_a_callback_that_exits_harms_nobody(f):
     assert all(reply.result(10) is not None for reply in replies) and f(np.zeros(8, np.float32)) is not None
 
 
+def test_a_callback_may_ask_change_and_close_but_not_wait():
+    with ji.endpoint(lambda p, x: x + p, np.float32(1), example=np.zeros(2, np.float32), max_batch=2) as f:
+        seen, done = [], threading.Event()
+
+        def act(_):
+            try:
+                for wait in (lambda: f([0, 0]), lambda: f.map([[0, 0]])):
+                    with pytest.raises(InvalidRequest, match="ask with submit there"):
+                        wait()
+                seen.extend((f.refit(), f.swap(np.float32(2)), f.submit([0, 0])))
+            finally:
+                done.set()
+
+        f.submit([0, 0]).add_done_callback(act)
+        assert done.wait(20) and len(seen) == 3 and seen[2].result(20).tolist() == [2, 2]
+        f.submit([0, 0]).add_done_callback(lambda _: f.close())
+        assert eventually(lambda: not f._runner._thread.is_alive())
+
+
 def test_closing_fails_what_waits_and_refuses_what_comes():
     held = Held()
     f = held.endpoint(max_batch=1, max_delay=0)

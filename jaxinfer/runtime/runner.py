@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from jaxinfer import events
-from jaxinfer.errors import Closed, Expired, StepFailed
+from jaxinfer.errors import Closed, Expired, InvalidRequest, StepFailed
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.living import call_on
 from jaxinfer.runtime.replies import wake_loops
@@ -112,6 +112,12 @@ class Runner:
     def call(self, action: Callable[[], Any]) -> None:
         """Run `action` on the runner's thread, between two batches, and wait for it."""
         call_on(self._thread, self._post, action)
+
+    def check_outside(self) -> None:
+        """Raises InvalidRequest in the runner's own thread, which would wait for itself for ever."""
+        if threading.current_thread() is self._thread:
+            raise InvalidRequest("a done callback runs in the thread that would compute this: ask with submit there, and "
+                                 "do not wait for the reply")
 
     @property
     def closed(self) -> bool:

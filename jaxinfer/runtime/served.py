@@ -78,6 +78,7 @@ class Served(Living):
     def __call__(self, *args: Any, priority: int = 0, queue_timeout: float | None = None,
                  timeout: float | None = None, **kwargs: Any) -> Any:
         """The result of one request."""
+        self._runner.check_outside()
         waiter = Waiter()
         ask = self._submit(waiter, args, kwargs, priority, queue_timeout, timeout)
         try:
@@ -118,6 +119,7 @@ class Served(Living):
 
     def _many(self, requests: list[tuple[tuple, dict[str, Any]]], options: dict[str, Any]) -> list[Any]:
         """The results of many requests, in their order; waits for room in the queue where it is full."""
+        self._runner.check_outside()
         replies: list[Reply] = []
         how = {"priority": 0, "queue_timeout": None, "timeout": None, **options}
         try:
