@@ -513,8 +513,11 @@ def test_closing_fails_what_waits_and_refuses_what_comes():
 def test_an_endpoint_that_is_dropped_is_closed():
     f = ji.endpoint(mlp, mlp_params(), example={"x": np.zeros(8, np.float32)}, max_batch=2)
     f(np.zeros(8, np.float32))
-    thread = f._runner._thread
+    thread, replies = f._runner._thread, [f.submit(np.zeros(8, np.float32)) for _ in range(3)]
     del f
+    gc.collect()
+    assert all(reply.result(10) is not None for reply in replies), "closed under a caller"
+    del replies
     gc.collect()
     assert eventually(lambda: not thread.is_alive())
 
@@ -570,6 +573,23 @@ def test_a_swap_is_atomic_and_compiles_nothing(f):
         with pytest.raises(InvalidOption, match=message):
             f.swap(wrong)
     assert f.version == 3
+
+
+def test_weights_are_the_endpoints_own_and_go_when_it_is_closed():
+    from jaxinfer.runtime.buffers import aligned
+
+    w = aligned((16,), np.float32)
+    w[:] = 1
+    with ji.endpoint(lambda p, x: x + p.sum(), w, example=np.float32(0), max_batch=2) as f:
+        w[:] = 2
+        assert float(f(0)) == 16 and f.swap(w) == 2
+        w[:] = 3
+        assert float(f(0)) == 32
+    assert f.params is None
+    with pytest.raises(Closed):
+        f.swap(w)
+    with pytest.raises(InvalidOption, match="params must be a pytree of arrays"):
+        ji.endpoint(lambda p, x: x, {"name": "a"}, example=np.float32(0))
 
 
 def test_no_result_mixes_two_versions_and_none_is_lost():

@@ -116,8 +116,8 @@ class Runner:
     def check_outside(self) -> None:
         """Raises InvalidRequest in the runner's own thread, which would wait for itself for ever."""
         if threading.current_thread() is self._thread:
-            raise InvalidRequest("a done callback runs in the thread that would compute this: ask with submit there, and "
-                                 "do not wait for the reply")
+            raise InvalidRequest("a done callback runs in the thread that would compute this: ask with submit there, "
+                                 "and do not wait for the reply")
 
     @property
     def closed(self) -> bool:

@@ -18,6 +18,7 @@ from jaxinfer.runtime.door import Door
 from jaxinfer.runtime.endpoint import Endpoint
 from jaxinfer.runtime.load import find_device
 from jaxinfer.runtime.padded import BATCH, Ladders, NanPolicy
+from jaxinfer.runtime.versions import own
 
 OWN = ("priority", "queue_timeout", "timeout")  # names of a call's options
 
@@ -65,7 +66,7 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
         raise InvalidOption(f"nan is {nan!r}; it must be 'pass', 'flag' or 'reject'")
     if axis is None:
         call = _vmapped(call, out_axis)
-    params = jax.device_put(params, place)
+    params = own(params, place)
     functions = Functions(call, params, leaves, structure, out_axis, place)
     try:
         smallest = tuple((dim, rungs.axes[dim][0] if dim in rungs.axes else size)
