@@ -149,6 +149,24 @@ def test_ragged_axes_are_padded_and_cut_again(lengths, seed):
                 np.testing.assert_allclose(result[name], expected[name][0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("call, pad", [
+    (lambda x: x.mean(1), 0), (lambda x: x[:, ::-1], 0), (lambda x: jnp.concatenate([x, x], 1), 0),
+    (lambda x: jax.nn.softmax(x), 0), (lambda x: x.max(1), 9), (lambda x: x.astype(jnp.bfloat16).mean(1), 0),
+])
+def test_a_result_that_padding_would_change_is_refused(call, pad):
+    how = dict(example=np.zeros(40, np.float32), ragged={"0": {0: "n"}}, pad={"0": pad}, max_batch=2)
+    with pytest.raises(InvalidOption, match=r"changes if a request of {'n': 17} is padded to {'n': 32}: mask"):
+        ji.endpoint(call, **how)
+    with ji.endpoint(call, **how, ladders={"n": None}) as f:
+        np.testing.assert_allclose(f(np.ones(3, np.float32)), call(np.ones((1, 3), np.float32))[0], rtol=1e-5)
+
+
+def test_a_pad_that_counts_for_nothing_is_taken():
+    with ji.endpoint(jax.nn.softmax, example=np.zeros(4, np.float32), ragged={"0": {0: "n"}}, pad={"0": -np.inf},
+                     max_batch=2) as f:
+        np.testing.assert_allclose(f(np.ones(3, np.float32)), np.full(3, 1 / 3), rtol=1e-6)
+
+
 def test_a_function_of_one_size_of_batch_is_given_no_other():
     with ji.endpoint(lambda x: x.reshape(8, 4), example=np.zeros(4, np.float32), ladders={"B": (8,)}) as f:
         assert f.map(np.eye(4, dtype=np.float32))[2].tolist() == [0, 0, 1, 0]

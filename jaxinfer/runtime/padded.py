@@ -126,7 +126,7 @@ class PaddedWork(VersionedWork):
                 moved = np.moveaxis(buffer, leaf.batch, 0)
                 rows = [moved[row, ...] for row in range(key.rows)]  # views, of numbers as well
             for row, ask in zip(rows, asks, strict=False):
-                _write(row, ask.payload.arrays[i], leaf.pad)
+                write(row, ask.payload.arrays[i], leaf.pad)
             for row in rows[len(asks):]:
                 row[...] = rows[0]  # padding is a request that nobody asked for, and cannot be out of the ordinary
         return buffers, buffers
@@ -169,7 +169,8 @@ class PaddedWork(VersionedWork):
         return Result(jax.tree.unflatten(structure, arrays), None, flagged)
 
 
-def _write(row: np.ndarray, array: np.ndarray, pad: Any) -> None:
+def write(row: np.ndarray, array: np.ndarray, pad: Any) -> None:
+    """A request's array into its place, with padding behind it."""
     if row.shape == array.shape:
         row[...] = array
         return

@@ -16,6 +16,7 @@ from jaxinfer.frontend.modules import as_function
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.door import Door
 from jaxinfer.runtime.endpoint import Endpoint
+from jaxinfer.runtime.inert import check_inert
 from jaxinfer.runtime.load import find_device
 from jaxinfer.runtime.padded import BATCH, Ladders, NanPolicy
 from jaxinfer.runtime.versions import own
@@ -38,6 +39,7 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     function takes one request alone, and is vmapped.
     `ragged`: axes that differ from request to request, by array and named: {"ids": {0: "length"}}. They are padded
     with `pad[path]` (0), to a rung of `ladders[name]`; results are cut to what the function gives for the true size.
+    That padding changes nothing else is for the function to see to, by a mask or by `pad`: the example is tried.
     `ladders`: rungs by axis, "B" for the batch: by default powers of two, to `max_batch` and to the example's size.
     None for an axis: it is not padded, and every size of it is compiled.
     `max_delay`: seconds that the oldest request waits for company while the device is busy (an idle one takes what
@@ -46,7 +48,7 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     registry's `load`, raises OutOfMemory otherwise.
     `nan`: "pass", "flag" (a `Reply` names the arrays) or "reject" requests and results with NaN in them.
 
-    Raises InvalidOption where what is said contradicts itself or the function.
+    Raises InvalidOption where what is said contradicts itself or the function, or where padding changes a result.
 
     >>> double = endpoint(lambda x: 2 * x, example=np.zeros(3, np.float32), max_batch=4)
     >>> double([1, 2, 3]).tolist()
@@ -72,6 +74,9 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
         smallest = tuple((dim, rungs.axes[dim][0] if dim in rungs.axes else size)
                          for dim, size in sorted(_sizes(leaves, arguments).items()))
         functions.check(smallest, rungs.axes[BATCH])
+        if smallest:
+            check_inert(functions, params, rungs, [np.asarray(x, leaf.dtype) for x, leaf in
+                                                   zip(jax.tree.leaves(arguments), leaves, strict=True)])
         door = Door(leaves, structure, names, {name: rungs.axes[name][-1] for name in rungs.axes})
         budget = None if memory is None else planning.parse_bytes(memory)
         return Endpoint(functions, params, door, rungs, max_delay=max_delay, max_waiting=max_waiting, nan=nan,
