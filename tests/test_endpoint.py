@@ -361,6 +361,30 @@ def test_an_idle_device_takes_what_there_is_and_a_busy_one_gathers():
         assert sorted(held.sizes) == [1, 2, 4]
 
 
+@pytest.mark.parametrize("max_batch, asked", [(8, 2), (2, 2)])
+def test_a_batch_closes_while_a_long_one_is_computed(max_batch, asked):
+    """By its timer, or because it is full; not only when the device is idle again."""
+    def long(x):
+        wide = jnp.ones((256, 256)) * x.sum()
+        return x + jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), wide)[0, 0]
+
+    with ji.endpoint(long, example=np.zeros(2, np.float32), max_batch=max_batch,
+                     max_delay=0.01 if max_batch > asked else 60) as f:
+        f.warmup()
+        replies, launched, dispatch = [], [], f._work.dispatch
+
+        def note(asks):
+            launched.append((len(asks), bool(replies) and replies[0].done()))
+            return dispatch(asks)
+
+        f._work.dispatch = note
+        replies.append(f.submit([0, 0]))
+        assert eventually(lambda: launched)
+        replies += [f.submit([0, 0]) for _ in range(asked)]
+        wait(replies, 20)
+    assert launched == [(1, False), (asked, False)]
+
+
 def test_lower_priorities_go_first():
     held, order = Held(), []
     with held.endpoint(max_batch=1, max_delay=0.0) as f:

@@ -21,6 +21,7 @@ from jaxinfer.runtime.timer import TIMER
 from jaxinfer.scheduler.batcher import Ask, Batcher
 
 AHEAD = 2  # batches that the device has at once: one that it computes, and one to follow
+PAUSE = 0.001  # seconds between two looks at who has come while the device computes a long batch
 
 
 @dataclass
@@ -45,6 +46,10 @@ class Work(Protocol):
 
     def dispatch(self, asks: list[Ask]) -> Flight:
         """Pack the requests and launch them; waits for nothing but compiles."""
+        ...
+
+    def left(self, flight: Flight) -> float:
+        """Seconds for which a batch is sure to run on, as far as is known; 0 if it is done, or may be any moment."""
         ...
 
     def collect(self, flight: Flight) -> list[Result]:
@@ -171,8 +176,18 @@ class Runner:
         if asks:
             self.queue.leave([ask.order[1] for ask in asks])
             self._launch([ask for ask in asks if ask.order[1] in self._open])
-        elif self._flying:
+        elif self._flying and not self._look_out(self._flying[0]):
             self._collect(self._flying.popleft())
+
+    def _look_out(self, flight: Flight) -> bool:
+        """Whether it is too early to wait for nothing but a batch that the device computes: another could follow it
+        before it is done. Then pause for as long as nothing can have happened that matters."""
+        if len(self._flying) >= AHEAD or (left := self.work.left(flight)) < PAUSE:
+            return False
+        with self._wake:
+            if not self._closing:
+                self._wake.wait(max(0.0, min(PAUSE, left, self.batcher.due() - time.perf_counter())))
+        return True
 
     def _launch(self, asks: list[Ask]) -> None:
         if not asks:

@@ -21,10 +21,12 @@ from jaxinfer.request import check_options
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.replies import Reply, Task, Waiter
-from jaxinfer.runtime.runner import Runner, Work
+from jaxinfer.runtime.runner import Flight, Runner, Work
 from jaxinfer.runtime.versions import Version, check_like, own
 from jaxinfer.scheduler import AGEING
 from jaxinfer.scheduler.batcher import Ask
+
+SURE = 0.8  # of the average time of a batch: before, it is hardly ever done
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class VersionedWork(Work):
     def seconds(self, key: Hashable) -> float:
         """That a batch of this shape will take, as far as is known."""
         return self._seconds.get(key, 0.0)
+
+    def left(self, flight: Flight) -> float:
+        if (sure := SURE * self._seconds.get(flight.work.key, inf) - (time.perf_counter() - flight.work.started)) <= 0:
+            return 0.0
+        return 0.0 if all(leaf.is_ready() for leaf in jax.tree.leaves(flight.work.outputs)) else sure
 
     def took(self, key: Hashable, started: float) -> None:
         """A batch of this shape, launched at `started`, has just come back."""
