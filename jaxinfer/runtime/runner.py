@@ -21,7 +21,7 @@ from jaxinfer.runtime.timer import TIMER
 from jaxinfer.scheduler.batcher import Ask, Batcher
 
 AHEAD = 2  # batches that the device has at once: one that it computes, and one to follow
-PAUSE = 0.001  # seconds between two looks at who has come while the device computes a long batch
+LONG, PAUSE = 0.005, 0.001  # seconds that a batch must run on to look out for others, and between two looks
 
 
 @dataclass
@@ -182,11 +182,11 @@ class Runner:
     def _look_out(self, flight: Flight) -> bool:
         """Whether it is too early to wait for nothing but a batch that the device computes: another could follow it
         before it is done. Then pause for as long as nothing can have happened that matters."""
-        if len(self._flying) >= AHEAD or (left := self.work.left(flight)) < PAUSE:
+        if len(self._flying) >= AHEAD or self.work.left(flight) < LONG:
             return False
         with self._wake:
             if not self._closing:
-                self._wake.wait(max(0.0, min(PAUSE, left, self.batcher.due() - time.perf_counter())))
+                self._wake.wait(max(0.0, min(PAUSE, self.batcher.due() - time.perf_counter())))
         return True
 
     def _launch(self, asks: list[Ask]) -> None:
