@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import models, pre_tokenizers, processors
 
 import jaxinfer as ji
@@ -20,6 +20,7 @@ from jaxinfer.errors import InvalidOption, InvalidRequest
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Leaf
 from tests.encoding import Bucket, encode_run, logits_run
+from tests.running import retries
 
 CONFIG = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "vocab_size": 40, "hidden_size": 32,
           "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64,
@@ -124,7 +125,43 @@ def test_weights_are_swapped_and_every_reply_names_its_version(encoder):
     np.testing.assert_array_equal(encoder("w1").vector, before)
 
 
+def with_head(path, folder, labels, **config):
+    """The same checkpoint with the first `labels` of its classes, or all."""
+    for file in path.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor[:labels] if name.startswith("classifier") else tensor for name, tensor in tensors.items()},
+              folder / "model.safetensors")
+    named = {str(i): CONFIG["id2label"][str(i)] for i in range(labels)}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "id2label": named, **config}))
+    return ji.load(folder)
+
+
+@pytest.mark.parametrize("labels, config", [(1, {}), (3, {"problem_type": "multi_label_classification"})])
+def test_labels_that_exclude_nothing_are_likely_each_by_itself(path, tmp_path, labels, config):
+    with with_head(path, tmp_path, labels, **config) as encoder:
+        logits, (classes,) = encoder("w1 w2").logits, encoder.classify("w1 w2")
+        np.testing.assert_allclose([classes[label] for label in encoder.graph.labels], 1 / (1 + np.exp(-logits)),
+                                   rtol=1e-5)
+
+
+def test_numbers_are_no_classes(path, tmp_path):
+    with with_head(path, tmp_path, 1, problem_type="regression") as encoder:
+        assert encoder("w1").logits.shape == (1,)
+        with pytest.raises(InvalidRequest, match="gives numbers"):
+            encoder.classify("w1")
+
+
+def test_a_batch_of_the_shortest_texts_finds_its_bucket(path):
+    with ji.load(path, max_context=48) as encoder, retries() as retried:
+        assert min(encoder._work.ladder) == 3
+        assert encoder.embed([""] * 200).shape == (200, 32) and not retried
+
+
 def test_what_is_no_text_is_refused(encoder, path):
+    for wrong, message in ((None, "texts are a NoneType"), (["\ud800"], "text is no Unicode")):
+        with pytest.raises(InvalidRequest, match=message):
+            encoder.embed(wrong)
     for wrong, message in ((7, "text is a int"), (("a", "b", "c"), "text is a tuple"),
                            (("w1 " * 50, "w2 " * 50), "the pair has 103 tokens; at most 64 fit")):
         with pytest.raises(InvalidRequest, match=message):
@@ -139,8 +176,6 @@ def test_a_body_has_no_classes(path, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["BertModel"]}))
     # A body leaves the classifier of the checkpoint unread, which would be a surplus tensor.
-    from safetensors.numpy import load_file
-
     tensors = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if not k.startswith("classifier")}
     save_file(tensors, tmp_path / "model.safetensors")
     with ji.load(tmp_path) as body:
