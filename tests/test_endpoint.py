@@ -257,20 +257,27 @@ def test_memory_at_a_boundary_is_read_where_it_lies(f):
     assert f.stats.bytes_copied > before.bytes_copied, "a batch of several is put together"
 
 
+class Foreign:
+    """All that is known of it is that it speaks DLPack, as a torch tensor does."""
+
+    def __init__(self, array):
+        self.array, self.asked = array, 0
+
+    def __dlpack__(self, **kwargs):
+        self.asked += 1
+        return self.array.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_bfloat16_of_other_libraries_is_read_where_numpy_has_no_name_for_it():
+    x = Foreign(jnp.arange(8, dtype=jnp.bfloat16))
+    with ji.endpoint(lambda x: x + 1, example=np.zeros(8, jnp.bfloat16), max_batch=1) as f:
+        assert f(x).tolist() == [*range(1, 9)]
+
+
 def test_memory_of_other_libraries_is_read_through_dlpack(f):
-    class Foreign:
-        """All that is known of it is that it speaks DLPack, as a torch tensor does."""
-
-        def __init__(self, array):
-            self.array, self.asked = array, 0
-
-        def __dlpack__(self, **kwargs):
-            self.asked += 1
-            return self.array.__dlpack__(**kwargs)
-
-        def __dlpack_device__(self):
-            return self.array.__dlpack_device__()
-
     x = Foreign(np.arange(8, dtype=np.float32))
     np.testing.assert_allclose(f(x), alone(x.array), rtol=1e-5, atol=1e-6)
     assert x.asked == 1
@@ -313,6 +320,10 @@ def test_what_does_not_fit_is_refused_at_the_door(f, args, kwargs, message):
     (lambda x: x, {"pad": {"y": 0}}, r"pad names \['y'\]"),
     (lambda x: x, {"ladders": {"n": (1,)}}, r"ladders names \['n'\]; the axes are \['B'\]"),
     (lambda x: x, {"ladders": {"B": (4, 2)}}, "must be rising sizes"),
+    (lambda x: x, {"ladders": {"B": 4}}, "must be rising sizes"),
+    (lambda x: x, {"out_axis": "a"}, "out_axis is 'a'; it must be an integer"),
+    (lambda x: x, {"pad": {"x": "z"}}, "pad of x is 'z'; it must be a number that float32 can hold"),
+    (lambda x: x, {"example": {"x": np.zeros(4, np.uint8)}, "pad": {"x": 300}}, "pad of x is 300"),
     (lambda x: x, {"max_batch": 0}, "max_batch is 0"),
     (lambda x: x, {"max_delay": -1}, "max_delay is -1"),
     (lambda x: x, {"nan": "maybe"}, "nan is 'maybe'"),
@@ -323,6 +334,11 @@ def test_what_does_not_fit_is_refused_at_the_door(f, args, kwargs, message):
 def test_what_contradicts_itself_is_no_endpoint(fn, options, message):
     with pytest.raises(InvalidOption, match=message):
         ji.endpoint(fn, **{"example": {"x": np.zeros(4, np.float32)}, **options})
+
+
+def test_options_of_map_are_those_of_a_call(f):
+    with pytest.raises(InvalidRequest, match=r"unknown options \['nope'\]; known are"):
+        f.map([np.zeros(8, np.float32)], nope=3)
 
 
 def test_nan_passes_is_flagged_or_is_rejected():
@@ -432,6 +448,15 @@ def test_deadlines_fire_while_a_batch_runs(name):
         held.go.set()
         wait(running, 10)
         assert sorted(e.reason for e in ended) == ["expired", "stop"]
+
+
+def test_deadlines_of_those_that_have_ended_are_forgotten(f):
+    from jaxinfer.runtime.timer import MOST, TIMER
+
+    for _ in range(3):
+        for reply in [f.submit(np.zeros(8, np.float32), timeout=3600) for _ in range(MOST)]:
+            reply.result(20)
+    assert len(TIMER._calls) <= 2 * MOST
 
 
 def test_a_queue_timeout_is_over_once_the_batch_runs():
@@ -583,12 +608,13 @@ def test_refit_fits_the_ladder_to_what_came():
         ask = lambda n: f(np.zeros(n, np.int32), np.ones(n, np.float32))["tokens"]
         for n in (5, 5, 5, 20, 20):
             ask(n)
-        waste = lambda: sum(e.padding for e in f.ledger)
+        with pytest.raises(InvalidOption, match="rungs is 0"):
+            f.refit(rungs=0)
         assert f.refit(rungs=3)["n"] == (5, 20, 64) == f.ladders["n"]
         seen = []
         with events.observe(seen.append):
             assert ask(5).shape == (5, 4) and ask(21).shape == (21, 4)
-        assert not [e for e in seen if isinstance(e, events.Compiling)] and waste() >= 0
+        assert not [e for e in seen if isinstance(e, events.Compiling)]
         assert any(e.hits and e.name == "apply[B=1,n=5]" for e in f.ledger)
 
 

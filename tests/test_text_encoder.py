@@ -158,6 +158,11 @@ def test_a_batch_of_the_shortest_texts_finds_its_bucket(path):
         assert encoder.embed([""] * 200).shape == (200, 32) and not retried
 
 
+def test_what_to_inspect_of_an_encoder_is_said(encoder):
+    with pytest.raises(InvalidRequest, match="inspect got a TextEncoder.*give it a function of its graph"):
+        ji.inspect(encoder, "a")
+
+
 def test_what_is_no_text_is_refused(encoder, path):
     for wrong, message in ((None, "texts are a NoneType"), (["\ud800"], "text is no Unicode")):
         with pytest.raises(InvalidRequest, match=message):

@@ -82,7 +82,8 @@ class Runner:
         self._open[id] = ask
         for name, seconds in (("queue_timeout", queue_timeout), ("timeout", timeout)):
             if seconds is not None:
-                TIMER.call_at(ask.at + seconds, partial(_expire, weakref.ref(self), id, name, seconds))
+                me = weakref.ref(self)
+                TIMER.call_at(ask.at + seconds, partial(_expire, me, id, name, seconds), partial(_is_open, me, id))
         self._post(lambda: self.batcher.submit(ask))
         if self._closing:  # it may have slipped in behind the end
             self._finish(id, Result(error=Closed()))
@@ -248,3 +249,8 @@ class Runner:
 def _expire(runner: Callable[[], Runner | None], id: int, name: str, seconds: float) -> None:
     if found := runner():
         found.expire(id, name, seconds)
+
+
+def _is_open(runner: Callable[[], Runner | None], id: int) -> bool:
+    found = runner()
+    return found is not None and id in found._open

@@ -16,7 +16,7 @@ import jax
 
 from jaxinfer.compiler import Ledger
 from jaxinfer.compiler.programs import Programs
-from jaxinfer.errors import Closed
+from jaxinfer.errors import Closed, InvalidRequest
 from jaxinfer.request import check_options
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.living import Living
@@ -130,7 +130,10 @@ class Served(Living):
         """The results of many requests, in their order; waits for room in the queue where it is full."""
         self._runner.check_outside()
         replies: list[Reply] = []
-        how = {"priority": 0, "queue_timeout": None, "timeout": None, **options}
+        how = {"priority": 0, "queue_timeout": None, "timeout": None}
+        if unknown := sorted(set(options) - set(how)):
+            raise InvalidRequest(f"unknown options {unknown}; known are {list(how)}")
+        how |= options
         try:
             for args, kwargs in requests:
                 replies.append(Reply())

@@ -64,6 +64,8 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     _count("max_waiting", max_waiting)
     if not isinstance(max_delay, int | float) or not 0 <= max_delay < 3600:
         raise InvalidOption(f"max_delay is {max_delay!r}; it must be seconds, 0 to 3600")
+    if type(out_axis) is not int or out_axis < 0:
+        raise InvalidOption(f"out_axis is {out_axis!r}; it must be an integer >= 0")
     if nan not in ("pass", "flag", "reject"):
         raise InvalidOption(f"nan is {nan!r}; it must be 'pass', 'flag' or 'reject'")
     if axis is None:
@@ -123,8 +125,20 @@ def _leaves(arguments: Any, axis: int | Mapping[str, int] | None, ragged: Mappin
         batch = axis.get(path, 0) if isinstance(axis, Mapping) else axis or 0
         if type(batch) is not int or not 0 <= batch <= array.ndim:
             raise InvalidOption(f"axis of {path} is {batch!r}; it must be 0 to {array.ndim}")
-        leaves.append(LeafLike(path, _shape(path, array, ragged.get(path, {})), dtype, pad.get(path, 0), batch))
+        leaves.append(LeafLike(path, _shape(path, array, ragged.get(path, {})), dtype,
+                               _pad(path, pad.get(path, 0), dtype), batch))
     return tuple(leaves), structure
+
+
+def _pad(path: str, value: Any, dtype: np.dtype) -> np.ndarray:
+    try:
+        with np.errstate(all="ignore"):
+            pad = np.asarray(value).astype(dtype)
+    except (ValueError, TypeError):
+        pad = None
+    if pad is None or pad.ndim or (dtype.kind in "biu" and pad != value):
+        raise InvalidOption(f"pad of {path} is {value!r}; it must be a number that {dtype} can hold")
+    return pad
 
 
 def _shape(path: str, array: np.ndarray, ragged: Mapping[int, str]) -> tuple[int | str, ...]:
@@ -153,7 +167,8 @@ def _ladders(leaves: Sequence[LeafLike], arguments: Any, given: Mapping[str, Seq
         if rungs is None and name != BATCH:
             del axes[name]
             continue
-        if not rungs or not all(type(r) is int and r > 0 for r in rungs) or list(rungs) != sorted(set(rungs)):
+        if (not isinstance(rungs, Sequence) or not rungs or not all(type(r) is int and r > 0 for r in rungs)
+                or list(rungs) != sorted(set(rungs))):
             raise InvalidOption(f"the ladder of {name!r} is {rungs!r}; it must be rising sizes, such as (1, 8, 64)")
         axes[name] = tuple(rungs)
     return Ladders(axes)
