@@ -159,7 +159,7 @@ def test_a_batch_of_the_shortest_texts_finds_its_bucket(path):
 
 
 def test_what_to_inspect_of_an_encoder_is_said(encoder):
-    with pytest.raises(InvalidRequest, match="inspect got a TextEncoder.*give it a function of its graph"):
+    with pytest.raises(InvalidRequest, match=r"inspect got a TextEncoder.*give it a function of its graph"):
         ji.inspect(encoder, "a")
 
 
