@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +46,14 @@ class Names:
 @dataclass(frozen=True)
 class Head:
     """A classifier over `labels`: `activation(dense(x))`, where there is a `dense`, then `out`, by their names. It
-    reads each row's first token, or every token."""
+    reads each row's first token, or every token; `problem` is as in `Encoder`."""
 
     labels: tuple[str, ...]
     out: str = "classifier"
     dense: str | None = None
     activation: str = "tanh"  # a key of HEAD_ACTIVATIONS
     per_token: bool = False
+    problem: Literal["one", "any", "number"] = "one"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def build(config: Config) -> Encoder:
         head=None if config.head is None else partial(head, config.head),
         head_per_token=config.head is not None and config.head.per_token,
         labels=config.head.labels if config.head else (),
+        problem=config.head.problem if config.head else "one",
     )
 
 

@@ -47,7 +47,15 @@ class RequestEnded:
     tokens: int
 
 
-Event = Progress | Compiling | Missed | RequestEnded
+@dataclass(frozen=True)
+class Retried:
+    """A batch of `requests` failed with `error`: each of them is tried once more, alone."""
+
+    requests: int
+    error: Exception
+
+
+Event = Progress | Compiling | Missed | RequestEnded | Retried
 _observers: tuple[Callable[[Event], None], ...] = ()
 _lock = threading.Lock()
 

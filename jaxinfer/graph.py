@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +188,8 @@ class Encoder:
     `hidden(params, run, segment_T=None) -> x_TD` (float32) are the hidden states of all tokens; `segment_T` says which
     text of a pair a token is of (int32; None: the first). `head` is None, or reads the hidden states of each row's
     first token, `head(params, x_RD) -> logits_RC` (float32), or of every token where `head_per_token`; `labels` are
-    the names of the C classes. `max_context` is the longest row, special tokens included.
+    the names of the C classes, of which a text has "one", or "any" number; or else each logit is a "number" that means
+    itself (`problem`). `max_context` is the longest row, special tokens included.
     """
 
     name: str
@@ -201,3 +202,4 @@ class Encoder:
     head: Callable[[Params, jax.Array], jax.Array] | None = None
     head_per_token: bool = False
     labels: tuple[str, ...] = ()
+    problem: Literal["one", "any", "number"] = "one"

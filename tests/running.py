@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from jaxinfer import events
 from jaxinfer.compiler import Key
@@ -65,9 +65,18 @@ def blocked(lm, **options) -> Iterator[None]:
             answer.cancel()
 
 
-@contextmanager
-def endings() -> Iterator[list[events.RequestEnded]]:
+def endings() -> AbstractContextManager[list[events.RequestEnded]]:
     """Every RequestEnded of the block."""
-    seen: list[events.RequestEnded] = []
-    with events.observe(lambda event: seen.append(event) if isinstance(event, events.RequestEnded) else None):
+    return seen_events(events.RequestEnded)
+
+
+def retries() -> AbstractContextManager[list[events.Retried]]:
+    """Every Retried of the block."""
+    return seen_events(events.Retried)
+
+
+@contextmanager
+def seen_events(kind: type) -> Iterator[list]:
+    seen: list = []
+    with events.observe(lambda event: seen.append(event) if isinstance(event, kind) else None):
         yield seen

@@ -41,6 +41,11 @@ def test_a_head_has_the_labels_of_the_config_in_the_order_of_their_numbers():
     assert token.head_per_token and "dense" not in token.spec
 
 
+def test_two_classes_of_one_name_are_refused():
+    with pytest.raises(UnsupportedModel, match="gives one name to two classes"):
+        encoder_config(NAMED | dict(id2label={"0": "x", "1": "x"}))
+
+
 def test_a_head_that_is_not_known_is_refused():
     with pytest.raises(UnsupportedModel, match="BertForQuestionAnswering' is not supported; expected one that ends"):
         encoder_config(BERT | dict(architectures=["BertForQuestionAnswering"]))

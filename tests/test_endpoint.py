@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import jaxinfer as ji
 from jaxinfer import events
 from jaxinfer.errors import Closed, Expired, InvalidOption, InvalidRequest, Rejected, RequestFailed, StepFailed
-from tests.running import endings, eventually
+from tests.running import endings, eventually, retries
 
 
 def mlp(params, x):
@@ -116,13 +116,14 @@ def test_any_pytree_goes_in_and_comes_out(tree, data):
         total = sum(x.astype(jnp.float32).reshape(x.shape[0], -1).sum(1) for x in jax.tree.leaves(tree))
         return {"same": tree, "total": total}
 
-    with ji.endpoint(call, example=(draw(),), max_batch=4) as f:
+    with ji.endpoint(call, example=(draw(),), max_batch=4) as f, retries() as retried:
         asked = [draw() for _ in range(data.draw(st.integers(1, 9)))]
         for request, result in zip(asked, f.map(asked), strict=True):
             assert jax.tree.structure(result["same"]) == jax.tree.structure(request)
             for before, after in zip(jax.tree.leaves(request), jax.tree.leaves(result["same"]), strict=True):
                 assert after.dtype == before.dtype and np.array_equal(after, before)
             assert float(result["total"]) == sum(float(x.astype(np.float32).sum()) for x in jax.tree.leaves(request))
+    assert not retried
 
 
 def read(params, ids, mask):
@@ -148,6 +149,29 @@ def test_ragged_axes_are_padded_and_cut_again(lengths, seed):
                 np.testing.assert_allclose(result[name], expected[name][0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("call, pad", [
+    (lambda x: x.mean(1), 0), (lambda x: x[:, ::-1], 0), (lambda x: jnp.concatenate([x, x], 1), 0),
+    (lambda x: jax.nn.softmax(x), 0), (lambda x: x.max(1), 9), (lambda x: x.astype(jnp.bfloat16).mean(1), 0),
+])
+def test_a_result_that_padding_would_change_is_refused(call, pad):
+    how = dict(example=np.zeros(40, np.float32), ragged={"0": {0: "n"}}, pad={"0": pad}, max_batch=2)
+    with pytest.raises(InvalidOption, match=r"changes if a request of {'n': 17} is padded to {'n': 32}: mask"):
+        ji.endpoint(call, **how)
+    with ji.endpoint(call, **how, ladders={"n": None}) as f:
+        np.testing.assert_allclose(f(np.ones(3, np.float32)), call(np.ones((1, 3), np.float32))[0], rtol=1e-5)
+
+
+def test_a_pad_that_counts_for_nothing_is_taken():
+    with ji.endpoint(jax.nn.softmax, example=np.zeros(4, np.float32), ragged={"0": {0: "n"}}, pad={"0": -np.inf},
+                     max_batch=2) as f:
+        np.testing.assert_allclose(f(np.ones(3, np.float32)), np.full(3, 1 / 3), rtol=1e-6)
+
+
+def test_a_function_of_one_size_of_batch_is_given_no_other():
+    with ji.endpoint(lambda x: x.reshape(8, 4), example=np.zeros(4, np.float32), ladders={"B": (8,)}) as f:
+        assert f.map(np.eye(4, dtype=np.float32))[2].tolist() == [0, 0, 1, 0]
+
+
 def test_an_axis_without_rungs_is_not_padded():
     with ji.endpoint(lambda x: x.mean(1), example=np.zeros(5, np.float32), ragged={"0": {0: "n"}},
                      ladders={"n": None}, max_batch=4) as f:
@@ -170,6 +194,12 @@ def test_the_batch_may_be_elsewhere_or_nowhere(axis, out_axis):
 def test_scalars_are_requests():
     with ji.endpoint(lambda a, b: a + b, example={"a": 0, "b": 0.0}, max_batch=4) as f:
         assert float(f(2, b=0.5)) == 2.5 and float(f(a=np.int32(3), b=1)) == 4.0
+
+
+def test_scalars_share_batches():
+    with ji.endpoint(lambda a: 2 * a, example={"a": 0.0}, max_batch=8) as f, retries() as retried:
+        assert [float(y) for y in f.map([float(i) for i in range(32)])] == [2.0 * i for i in range(32)]
+        assert f.stats.batches < 20 and not retried, "each went alone"
 
 
 def test_flax_modules_are_taken_as_they_are():
@@ -227,20 +257,27 @@ def test_memory_at_a_boundary_is_read_where_it_lies(f):
     assert f.stats.bytes_copied > before.bytes_copied, "a batch of several is put together"
 
 
+class Foreign:
+    """All that is known of it is that it speaks DLPack, as a torch tensor does."""
+
+    def __init__(self, array):
+        self.array, self.asked = array, 0
+
+    def __dlpack__(self, **kwargs):
+        self.asked += 1
+        return self.array.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_bfloat16_of_other_libraries_is_read_where_numpy_has_no_name_for_it():
+    x = Foreign(jnp.arange(8, dtype=jnp.bfloat16))
+    with ji.endpoint(lambda x: x + 1, example=np.zeros(8, jnp.bfloat16), max_batch=1) as f:
+        assert f(x).tolist() == [*range(1, 9)]
+
+
 def test_memory_of_other_libraries_is_read_through_dlpack(f):
-    class Foreign:
-        """All that is known of it is that it speaks DLPack, as a torch tensor does."""
-
-        def __init__(self, array):
-            self.array, self.asked = array, 0
-
-        def __dlpack__(self, **kwargs):
-            self.asked += 1
-            return self.array.__dlpack__(**kwargs)
-
-        def __dlpack_device__(self):
-            return self.array.__dlpack_device__()
-
     x = Foreign(np.arange(8, dtype=np.float32))
     np.testing.assert_allclose(f(x), alone(x.array), rtol=1e-5, atol=1e-6)
     assert x.asked == 1
@@ -271,8 +308,11 @@ def test_what_does_not_fit_is_refused_at_the_door(f, args, kwargs, message):
 
 
 @pytest.mark.parametrize("fn, options, message", [
-    (lambda x: x.sum(), {}, r"the output has shape \[\] for a batch of 2.*must have the batch as its axis 0"),
-    (lambda x: {"y": x, "z": x.T}, {}, r"\['z'\] has shape \[4, 2\] for a batch of 2"),
+    (lambda x: x.sum(), {}, r"the output has shape \[\] for a batch of 64.*must have the batch as its axis 0"),
+    (lambda x: {"y": x, "z": x.T}, {}, r"\['z'\] has shape \[4, 64\] for a batch of 64"),
+    (lambda x: x.sum(0), {"ragged": {"x": {0: "n"}}, "ladders": {"n": None}}, r"has shape \[4\] for a batch of 64"),
+    (lambda x: x.sum(0), {"ladders": {"B": (4,)}}, r"has shape \[4\] for a batch of 4 and \[4\] for a batch of 5"),
+    (lambda x: None, {}, "returns no array"),
     (lambda x: x @ jnp.ones((3, 3)), {}, "cannot be traced for a batch"),
     (lambda x: x, {"axis": 2}, "axis of x is 2; it must be 0 to 1"),
     (lambda x: x, {"ragged": {"y": {0: "n"}}}, r"ragged names \['y'\]; the example's arrays are \['x'\]"),
@@ -280,6 +320,10 @@ def test_what_does_not_fit_is_refused_at_the_door(f, args, kwargs, message):
     (lambda x: x, {"pad": {"y": 0}}, r"pad names \['y'\]"),
     (lambda x: x, {"ladders": {"n": (1,)}}, r"ladders names \['n'\]; the axes are \['B'\]"),
     (lambda x: x, {"ladders": {"B": (4, 2)}}, "must be rising sizes"),
+    (lambda x: x, {"ladders": {"B": 4}}, "must be rising sizes"),
+    (lambda x: x, {"out_axis": "a"}, "out_axis is 'a'; it must be an integer"),
+    (lambda x: x, {"pad": {"x": "z"}}, "pad of x is 'z'; it must be a number that float32 can hold"),
+    (lambda x: x, {"example": {"x": np.zeros(4, np.uint8)}, "pad": {"x": 300}}, "pad of x is 300"),
     (lambda x: x, {"max_batch": 0}, "max_batch is 0"),
     (lambda x: x, {"max_delay": -1}, "max_delay is -1"),
     (lambda x: x, {"nan": "maybe"}, "nan is 'maybe'"),
@@ -290,6 +334,11 @@ def test_what_does_not_fit_is_refused_at_the_door(f, args, kwargs, message):
 def test_what_contradicts_itself_is_no_endpoint(fn, options, message):
     with pytest.raises(InvalidOption, match=message):
         ji.endpoint(fn, **{"example": {"x": np.zeros(4, np.float32)}, **options})
+
+
+def test_options_of_map_are_those_of_a_call(f):
+    with pytest.raises(InvalidRequest, match=r"unknown options \['nope'\]; known are"):
+        f.map([np.zeros(8, np.float32)], nope=3)
 
 
 def test_nan_passes_is_flagged_or_is_rejected():
@@ -326,6 +375,30 @@ def test_an_idle_device_takes_what_there_is_and_a_busy_one_gathers():
         held.go.set()
         assert [r.result(10).tolist() for r in (first, *others)] == [[0, 0], *([i, i] for i in range(6))]
         assert sorted(held.sizes) == [1, 2, 4]
+
+
+@pytest.mark.parametrize("max_batch, asked", [(8, 2), (2, 2)])
+def test_a_batch_closes_while_a_long_one_is_computed(max_batch, asked):
+    """By its timer, or because it is full; not only when the device is idle again."""
+    def long(x):
+        wide = jnp.ones((256, 256)) * x.sum()
+        return x + jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), wide)[0, 0]
+
+    with ji.endpoint(long, example=np.zeros(2, np.float32), max_batch=max_batch,
+                     max_delay=0.01 if max_batch > asked else 60) as f:
+        f.warmup()
+        replies, launched, dispatch = [], [], f._work.dispatch
+
+        def note(asks):
+            launched.append((len(asks), bool(replies) and replies[0].done()))
+            return dispatch(asks)
+
+        f._work.dispatch = note
+        replies.append(f.submit([0, 0]))
+        assert eventually(lambda: launched)
+        replies += [f.submit([0, 0]) for _ in range(asked)]
+        wait(replies, 20)
+    assert launched == [(1, False), (asked, False)]
 
 
 def test_lower_priorities_go_first():
@@ -375,6 +448,15 @@ def test_deadlines_fire_while_a_batch_runs(name):
         held.go.set()
         wait(running, 10)
         assert sorted(e.reason for e in ended) == ["expired", "stop"]
+
+
+def test_deadlines_of_those_that_have_ended_are_forgotten(f):
+    from jaxinfer.runtime.timer import MOST, TIMER
+
+    for _ in range(3):
+        for reply in [f.submit(np.zeros(8, np.float32), timeout=3600) for _ in range(MOST)]:
+            reply.result(20)
+    assert len(TIMER._calls) <= 2 * MOST
 
 
 def test_a_queue_timeout_is_over_once_the_batch_runs():
@@ -437,7 +519,8 @@ def test_a_request_that_breaks_its_batch_fails_alone():
     def call(x):
         return jax.pure_callback(refuse, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-    with ji.endpoint(call, example=np.zeros(2, np.float32), max_batch=8) as f, endings() as ended:
+    with (ji.endpoint(call, example=np.zeros(2, np.float32), max_batch=8) as f, endings() as ended,
+          retries() as retried):
         f.warmup()
         replies = [f.submit(np.full(2, i, np.float32)) for i in range(10, 20)]
         errors = [reply.exception(20) for reply in replies]
@@ -445,6 +528,7 @@ def test_a_request_that_breaks_its_batch_fails_alone():
         assert [r.result().tolist() for r, e in zip(replies, errors, strict=True) if e is None] == [
             [i, i] for i in range(10, 20) if i != 13]
         assert sorted(e.reason for e in ended) == ["failed", *["stop"] * 9]
+        assert len(retried) == 1 and "unlucky" in str(retried[0].error)
 
 
 def test_a_callback_that_exits_harms_nobody(f):
@@ -454,6 +538,25 @@ def test_a_callback_that_exits_harms_nobody(f):
     replies = [f.submit(np.zeros(8, np.float32)) for _ in range(5)]
     replies[0].add_done_callback(leave)
     assert all(reply.result(10) is not None for reply in replies) and f(np.zeros(8, np.float32)) is not None
+
+
+def test_a_callback_may_ask_change_and_close_but_not_wait():
+    with ji.endpoint(lambda p, x: x + p, np.float32(1), example=np.zeros(2, np.float32), max_batch=2) as f:
+        seen, done = [], threading.Event()
+
+        def act(_):
+            try:
+                for wait in (lambda: f([0, 0]), lambda: f.map([[0, 0]])):
+                    with pytest.raises(InvalidRequest, match="ask with submit there"):
+                        wait()
+                seen.extend((f.refit(), f.swap(np.float32(2)), f.submit([0, 0])))
+            finally:
+                done.set()
+
+        f.submit([0, 0]).add_done_callback(act)
+        assert done.wait(20) and len(seen) == 3 and seen[2].result(20).tolist() == [2, 2]
+        f.submit([0, 0]).add_done_callback(lambda _: f.close())
+        assert eventually(lambda: not f._runner._thread.is_alive())
 
 
 def test_closing_fails_what_waits_and_refuses_what_comes():
@@ -477,8 +580,11 @@ def test_closing_fails_what_waits_and_refuses_what_comes():
 def test_an_endpoint_that_is_dropped_is_closed():
     f = ji.endpoint(mlp, mlp_params(), example={"x": np.zeros(8, np.float32)}, max_batch=2)
     f(np.zeros(8, np.float32))
-    thread = f._runner._thread
+    thread, replies = f._runner._thread, [f.submit(np.zeros(8, np.float32)) for _ in range(3)]
     del f
+    gc.collect()
+    assert all(reply.result(10) is not None for reply in replies), "closed under a caller"
+    del replies
     gc.collect()
     assert eventually(lambda: not thread.is_alive())
 
@@ -502,12 +608,13 @@ def test_refit_fits_the_ladder_to_what_came():
         ask = lambda n: f(np.zeros(n, np.int32), np.ones(n, np.float32))["tokens"]
         for n in (5, 5, 5, 20, 20):
             ask(n)
-        waste = lambda: sum(e.padding for e in f.ledger)
+        with pytest.raises(InvalidOption, match="rungs is 0"):
+            f.refit(rungs=0)
         assert f.refit(rungs=3)["n"] == (5, 20, 64) == f.ladders["n"]
         seen = []
         with events.observe(seen.append):
             assert ask(5).shape == (5, 4) and ask(21).shape == (21, 4)
-        assert not [e for e in seen if isinstance(e, events.Compiling)] and waste() >= 0
+        assert not [e for e in seen if isinstance(e, events.Compiling)]
         assert any(e.hits and e.name == "apply[B=1,n=5]" for e in f.ledger)
 
 
@@ -534,6 +641,23 @@ def test_a_swap_is_atomic_and_compiles_nothing(f):
         with pytest.raises(InvalidOption, match=message):
             f.swap(wrong)
     assert f.version == 3
+
+
+def test_weights_are_the_endpoints_own_and_go_when_it_is_closed():
+    from jaxinfer.runtime.buffers import aligned
+
+    w = aligned((16,), np.float32)
+    w[:] = 1
+    with ji.endpoint(lambda p, x: x + p.sum(), w, example=np.float32(0), max_batch=2) as f:
+        w[:] = 2
+        assert float(f(0)) == 16 and f.swap(w) == 2
+        w[:] = 3
+        assert float(f(0)) == 32
+    assert f.params is None
+    with pytest.raises(Closed):
+        f.swap(w)
+    with pytest.raises(InvalidOption, match="params must be a pytree of arrays"):
+        ji.endpoint(lambda p, x: x, {"name": "a"}, example=np.float32(0))
 
 
 def test_no_result_mixes_two_versions_and_none_is_lost():

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxinfer as ji
 from jaxinfer.frontend.onnx import OnnxGraph, load_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -68,6 +69,16 @@ def test_a_real_model_equals_onnxruntime(name):
     for mine, peer in zip(ours(load_onnx(path), inputs, known), theirs(path, inputs), strict=True):
         assert mine.shape == peer.shape and mine.dtype == peer.dtype
         np.testing.assert_allclose(mine, peer, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["magika", "rapidocr-cls", "silero"])
+def test_a_real_model_is_loaded_and_served(name):
+    file, inputs, known = MODELS[name]
+    path = path_of(file)
+    with ji.load(path, known={name: inputs[name] for name in known}) as f:
+        found = f(**{name: value for name, value in inputs.items() if name not in known})
+        for mine, peer in zip(found.values(), theirs(path, inputs), strict=True):
+            np.testing.assert_allclose(mine, peer, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_no_weight_of_a_real_model_is_baked_into_the_program():

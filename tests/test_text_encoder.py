@@ -5,13 +5,12 @@ import asyncio
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import models, pre_tokenizers, processors
 
 import jaxinfer as ji
@@ -21,6 +20,7 @@ from jaxinfer.errors import InvalidOption, InvalidRequest
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Leaf
 from tests.encoding import Bucket, encode_run, logits_run
+from tests.running import retries
 
 CONFIG = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "vocab_size": 40, "hidden_size": 32,
           "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64,
@@ -125,7 +125,48 @@ def test_weights_are_swapped_and_every_reply_names_its_version(encoder):
     np.testing.assert_array_equal(encoder("w1").vector, before)
 
 
+def with_head(path, folder, labels, **config):
+    """The same checkpoint with the first `labels` of its classes, or all."""
+    for file in path.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor[:labels] if name.startswith("classifier") else tensor for name, tensor in tensors.items()},
+              folder / "model.safetensors")
+    named = {str(i): CONFIG["id2label"][str(i)] for i in range(labels)}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "id2label": named, **config}))
+    return ji.load(folder)
+
+
+@pytest.mark.parametrize("labels, config", [(1, {}), (3, {"problem_type": "multi_label_classification"})])
+def test_labels_that_exclude_nothing_are_likely_each_by_itself(path, tmp_path, labels, config):
+    with with_head(path, tmp_path, labels, **config) as encoder:
+        logits, (classes,) = encoder("w1 w2").logits, encoder.classify("w1 w2")
+        np.testing.assert_allclose([classes[label] for label in encoder.graph.labels], 1 / (1 + np.exp(-logits)),
+                                   rtol=1e-5)
+
+
+def test_numbers_are_no_classes(path, tmp_path):
+    with with_head(path, tmp_path, 1, problem_type="regression") as encoder:
+        assert encoder("w1").logits.shape == (1,)
+        with pytest.raises(InvalidRequest, match="gives numbers"):
+            encoder.classify("w1")
+
+
+def test_a_batch_of_the_shortest_texts_finds_its_bucket(path):
+    with ji.load(path, max_context=48) as encoder, retries() as retried:
+        assert min(encoder._work.ladder) == 3
+        assert encoder.embed([""] * 200).shape == (200, 32) and not retried
+
+
+def test_what_to_inspect_of_an_encoder_is_said(encoder):
+    with pytest.raises(InvalidRequest, match=r"inspect got a TextEncoder.*give it a function of its graph"):
+        ji.inspect(encoder, "a")
+
+
 def test_what_is_no_text_is_refused(encoder, path):
+    for wrong, message in ((None, "texts are a NoneType"), (["\ud800"], "text is no Unicode")):
+        with pytest.raises(InvalidRequest, match=message):
+            encoder.embed(wrong)
     for wrong, message in ((7, "text is a int"), (("a", "b", "c"), "text is a tuple"),
                            (("w1 " * 50, "w2 " * 50), "the pair has 103 tokens; at most 64 fit")):
         with pytest.raises(InvalidRequest, match=message):
@@ -140,47 +181,9 @@ def test_a_body_has_no_classes(path, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["BertModel"]}))
     # A body leaves the classifier of the checkpoint unread, which would be a surplus tensor.
-    from safetensors.numpy import load_file
-
     tensors = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if not k.startswith("classifier")}
     save_file(tensors, tmp_path / "model.safetensors")
     with ji.load(tmp_path) as body:
         assert body("w1").logits is None
         with pytest.raises(InvalidRequest, match="has no head; classify is for models that classify texts"):
             body.classify("w1")
-
-
-# ONNX.
-
-
-@pytest.fixture(scope="module")
-def onnx_path(tmp_path_factory):
-    onnx = pytest.importorskip("onnx")
-    from onnx import TensorProto, helper, numpy_helper
-
-    value, w = helper.make_tensor_value_info, np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Add", ["h", "y"], ["z"])], "affine",
-        [value("x", TensorProto.FLOAT, ["n", "length", 3]), value("y", TensorProto.FLOAT, ["n", "length", 2])],
-        [value("z", TensorProto.FLOAT, ["n", "length", 2])], [numpy_helper.from_array(w, "w")])
-    path = tmp_path_factory.mktemp("onnx") / "affine.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
-    return path
-
-
-def test_an_onnx_file_is_an_endpoint(onnx_path):
-    with ji.load(onnx_path, max_rows=4) as f:
-        w, rng = np.asarray(f.params["w"]), np.random.default_rng(1)
-        asked = [{"x": rng.normal(size=(n, 3)).astype(np.float32), "y": rng.normal(size=(n, 2)).astype(np.float32)}
-                 for n in (2, 5, 2, 2, 5)]
-        for request, result in zip(asked, f.map(asked), strict=True):
-            np.testing.assert_allclose(result["z"], request["x"] @ w + request["y"], rtol=1e-5, atol=1e-6)
-        x = np.ones((1, 2, 3), np.float32)
-        gradient = jax.grad(lambda x: f.graph.apply(f.params, {"x": x, "y": jnp.zeros((1, 2, 2))})["z"].sum())(x)
-        np.testing.assert_allclose(gradient[0, 0], w.sum(1), rtol=1e-5)
-        assert f.swap({"w": w * 2}) == 2 and ji.inspect(f, {"x": x, "y": x[..., :2]}).nodes == 2
-        with pytest.raises(InvalidRequest, match="arguments are missing: y"):
-            f(asked[0]["x"])
-    for option in (dict(dtype="bfloat16"), dict(batch_invariant=True)):
-        with pytest.raises(InvalidOption):
-            ji.load(onnx_path, **option)

@@ -77,27 +77,41 @@ class Functions(Programs):
         arrays = [self._array(*leaf.sized(key.rows, sizes), dtype=leaf.dtype) for leaf in self.leaves]
         return jax.tree.unflatten(self.structure, arrays)
 
-    def check(self, key: FunctionKey) -> None:
-        """Raises InvalidOption if the function cannot be traced, or if an output has no batch axis where one is
-        promised."""
+    def check(self, sizes: tuple[tuple[str, int], ...], rungs: tuple[int, ...] | None) -> None:
+        """Raises InvalidOption if the function cannot be traced, returns no array, or if an output has no batch axis
+        where one is promised. `rungs` are the batch's (None: the function takes one request): between the last two an
+        output differs in that axis alone. A function for one rung may refuse any other size."""
+        rows = rungs[-1] if rungs else None
+        found = jax.tree.leaves_with_path(self._traced(FunctionKey(rows, sizes)))
+        self.names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in found]
+        if not found:
+            raise InvalidOption("the function returns no array; it must return one at least")
+        if rows is None:
+            return
+        fewer = rungs[-2] if len(rungs) > 1 else rows + 1
         try:
-            found = self.outputs(key)
-            more = self.outputs(key._replace(rows=key.rows + 1)) if key.rows is not None else found
+            others = jax.tree.leaves(self._traced(FunctionKey(fewer, sizes)))
+        except InvalidOption:
+            if len(rungs) > 1:
+                raise
+            others, fewer = [leaf for _, leaf in found], rows
+        for (path, leaf), other in zip(found, others, strict=True):
+            self._check_batch(jax.tree_util.keystr(path) or "the output", (leaf.shape, rows), (other.shape, fewer))
+
+    def _traced(self, key: FunctionKey) -> Any:
+        try:
+            return self.outputs(key)
         except Exception as error:
             asked = ", ".join(f"{leaf.path}: {leaf}" for leaf in self.leaves)
             raise InvalidOption(f"the function cannot be traced for a batch of {{{asked}}}: {type(error).__name__}: "
                                 f"{error}") from error
-        for (path, leaf), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(more), strict=True):
-            if key.rows is not None:
-                self._check_batch(jax.tree_util.keystr(path) or "the output", leaf.shape, other.shape, key.rows)
-        self.names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in
-                      jax.tree.leaves_with_path(found)]
 
-    def _check_batch(self, name: str, shape: tuple[int, ...], other: tuple[int, ...], rows: int) -> None:
-        at = self.out_batch
-        wanted = (*shape[:at], rows + 1, *shape[at + 1:])
-        if at >= len(shape) or shape[at] != rows or other != wanted:
+    def _check_batch(self, name: str, *shapes: tuple[tuple[int, ...], int]) -> None:
+        at, (first, _) = self.out_batch, shapes[0]
+        wanted = lambda rows: (*first[:at], rows, *first[at + 1:])
+        if not all(at < len(shape) and shape == wanted(rows) for shape, rows in shapes):
+            told = " and ".join(f"{list(shape)} for a batch of {rows}" for shape, rows in dict.fromkeys(shapes))
             raise InvalidOption(
-                f"{name} has shape {list(shape)} for a batch of {rows}, and {list(other)} for one more: every output "
-                f"must have the batch as its axis {at}, so that each caller can be given its own. Return one result "
-                "for each request, name the axis with out_axis, or pass axis=None for a function of one request")
+                f"{name} has shape {told}: every output must have the batch as its axis {at}, so that each caller can "
+                "be given its own. Return one result for each request, name the axis with out_axis, or pass axis=None "
+                "for a function of one request")

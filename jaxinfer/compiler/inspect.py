@@ -174,6 +174,9 @@ def _function(fn: Any, args: tuple[Any, ...]) -> tuple[Callable, tuple[Any, ...]
     apply = getattr(_graph(fn), "apply", None) or getattr(fn, "apply", None)
     if callable(apply) and hasattr(fn, "params"):
         return apply, (fn.params, *args)
+    if hasattr(fn, "params"):
+        raise InvalidRequest(f"inspect got a {type(fn).__name__}, which has params and no function `apply`; give it a "
+                             "function of its graph, and the params: inspect(model.graph.hidden, model.params, run)")
     if callable(fn):
         return fn, args
     raise InvalidRequest(f"inspect got a {type(fn).__name__}; expected a function, or an object with `apply` and "

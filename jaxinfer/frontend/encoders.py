@@ -15,6 +15,7 @@ from jaxinfer.graphs.bert import Config, Head, Names
 
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "gelu_new": "gelu_tanh",
                "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+PROBLEMS = {"single_label_classification": "one", "multi_label_classification": "any", "regression": "number"}
 BODIES = ("Model", "ForMaskedLM", "ForPreTraining")  # what is read of these is the body
 
 
@@ -97,7 +98,10 @@ def _head(keys: Keys, family: Family) -> Head | None:
     """The classifier that `architectures` names, if any."""
     name = next(iter(keys.get("architectures", ())), "Model")
     if name.endswith("ForSequenceClassification"):
-        return Head(_labels(keys), **family.head)
+        labels = _labels(keys)
+        problem = keys.choice("problem_type", PROBLEMS, "multi_label_classification" if len(labels) == 1 else
+                              "single_label_classification")
+        return Head(labels, **family.head, problem=problem)
     if name.endswith("ForTokenClassification"):
         return Head(_labels(keys), per_token=True)
     if not name.endswith(BODIES):
@@ -115,4 +119,6 @@ def _labels(keys: Keys) -> tuple[str, ...]:
         numbered = []
     if [number for number, _ in numbered] != list(range(len(named))):
         keys.problem("id2label", f"{short(named)} does not name the classes 0 to {len(named) - 1}")
+    elif len({label for _, label in numbered}) < len(named):
+        keys.problem("id2label", f"{short(named)} gives one name to two classes")
     return tuple(label for _, label in numbered)

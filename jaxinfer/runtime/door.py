@@ -57,8 +57,8 @@ class Door:
                 raise InvalidRequest(f"{leaf.path} is {size} long in its axis {dim!r}, and another array of this "
                                      f"request {sizes[dim]}; they must agree")
             if not 1 <= size <= self.limits.get(dim, size):
-                raise InvalidRequest(f"{leaf.path} is {size} long in its axis {dim!r}; it must be 1 to "
-                                     f"{self.limits.get(dim)}")
+                wanted = f"1 to {self.limits[dim]}" if dim in self.limits else "1 at least"
+                raise InvalidRequest(f"{leaf.path} is {size} long in its axis {dim!r}; it must be {wanted}")
         return array
 
     def _cast(self, leaf: LeafLike, value: Any, array: np.ndarray) -> np.ndarray:
@@ -86,8 +86,10 @@ def as_array(value: Any, leaf: LeafLike) -> np.ndarray:
         if hasattr(value, "__dlpack__") and not isinstance(value, jax.Array):
             return np.from_dlpack(value)
     except (TypeError, BufferError, RuntimeError):
-        pass  # on another device, or of a type that numpy cannot name
+        pass  # on another device, or of a type that numpy cannot name, as bfloat16 is
     try:
+        if hasattr(value, "__dlpack__") and leaf.dtype == jax.numpy.bfloat16:
+            return np.asarray(jax.dlpack.from_dlpack(value))
         array = np.asarray(value)
     except Exception as error:
         raise InvalidRequest(f"{leaf.path} is a {type(value).__name__}, which is no array: {error}; it must be "

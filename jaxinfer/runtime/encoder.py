@@ -113,15 +113,17 @@ class TextEncoder(Served):
         return np.stack([one.vector for one in found]) if found else np.zeros((0, self.graph.width), np.float32)
 
     def classify(self, texts: Text | Iterable[Text], **options: Any) -> list[dict[str, float]]:
-        """How likely each label is for each text: probabilities (softmax), the likeliest first.
+        """How likely each label is for each text, the likeliest first: of all labels one (softmax), or each by itself
+        (sigmoid) where a text may have any number of them.
 
-        Raises InvalidRequest if the model has no classification head, or classifies tokens.
+        Raises InvalidRequest if the model has no classification head, classifies tokens, or gives numbers.
         """
-        if self.graph.head is None or self.graph.head_per_token:
-            has = "classifies tokens (encoder(text).logits)" if self.graph.head else "has no head"
+        if self.graph.head is None or self.graph.head_per_token or self.graph.problem == "number":
+            has = "has no head" if self.graph.head is None else "classifies tokens (encoder(text).logits)" if (
+                self.graph.head_per_token) else "gives numbers (encoder(text).logits)"
             raise InvalidRequest(f"{self.name} {has}; classify is for models that classify texts")
         found = self._many([((text,), {}) for text in _texts(texts)], options)
-        return [_probabilities(one.logits, self.graph.labels) for one in found]
+        return [_probabilities(one.logits, self.graph) for one in found]
 
     def warmup(self) -> None:
         """Compile every Executable now, so that no request waits for a compile afterwards."""
@@ -132,14 +134,17 @@ class TextEncoder(Served):
             raise InvalidRequest(f"an encoder takes one text; {len(args)} arguments and {sorted(kwargs)} were given")
         tokens = self._tokens(args[0])
         longest = next(n for n in self._work.ladder if n >= len(tokens.ids))
-        return longest, max(len(tokens.ids), longest // 2), tokens
+        return longest, max(len(tokens.ids), -(-longest // 2)), tokens
 
     def _tokens(self, text: Text) -> Tokens:
         texts = (text,) if isinstance(text, str) else text
         if type(texts) is not tuple or len(texts) > 2 or not all(isinstance(t, str) for t in texts):
             raise InvalidRequest(f"text is a {type(text).__name__}; it must be a string, or a pair of strings")
         first, *rest = (t.lower() if self.pipeline.lower else t for t in texts)
-        found = self.tokenizer.backend.encode(self.pipeline.prompt + first, *rest)  # type: ignore[arg-type]
+        try:
+            found = self.tokenizer.backend.encode(self.pipeline.prompt + first, *rest)  # type: ignore[arg-type]
+        except TypeError as error:  # what a string of half a surrogate pair is to the tokenizer
+            raise InvalidRequest(f"text is no Unicode: {error}") from error
         ids, segments = found.ids, found.type_ids
         if len(ids) > self.max_length:
             if rest:
@@ -157,10 +162,18 @@ class TextEncoder(Served):
 
 
 def _texts(texts: Any) -> list[Text]:
-    return [texts] if isinstance(texts, str) or (type(texts) is tuple and len(texts) == 2) else list(texts)
+    if isinstance(texts, str) or (type(texts) is tuple and len(texts) == 2):
+        return [texts]
+    if not isinstance(texts, Iterable):
+        raise InvalidRequest(f"texts are a {type(texts).__name__}; they must be a text, or several")
+    return list(texts)
 
 
-def _probabilities(logits_C: np.ndarray, labels: tuple[str, ...]) -> dict[str, float]:
-    weights_C = np.exp(logits_C - logits_C.max())
-    likely = sorted(zip((weights_C / weights_C.sum()).tolist(), labels, strict=True), reverse=True)
+def _probabilities(logits_C: np.ndarray, graph: Encoder) -> dict[str, float]:
+    if graph.problem == "any":
+        likely_C = 1 / (1 + np.exp(-logits_C))
+    else:
+        weights_C = np.exp(logits_C - logits_C.max())
+        likely_C = weights_C / weights_C.sum()
+    likely = sorted(zip(likely_C.tolist(), graph.labels, strict=True), reverse=True)
     return {label: probability for probability, label in likely}

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxinfer.compiler.buckets import fit_rungs
 from jaxinfer.compiler.functions import Functions
-from jaxinfer.errors import InvalidRequest, OutOfMemory
+from jaxinfer.errors import InvalidOption, InvalidRequest, OutOfMemory
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.door import Door
 from jaxinfer.runtime.padded import BATCH, Cargo, Ladders, NanPolicy, PaddedWork, has_nan
@@ -22,7 +22,7 @@ class Endpoint(Served):
     """What `jaxinfer.endpoint` returns. Call it with one request, as the example shows it, without the batch axis: the
     result is what the function gives for it alone.
 
-    An array at a 64-byte boundary may be read where it lies: leave it as it is until its result has come.
+    An array may be read where it lies, and any time later: leave it as it is until its result has come.
     """
 
     _work: PaddedWork
@@ -76,7 +76,11 @@ class Endpoint(Served):
         """Choose the ladders that would have padded the requests so far the least, with at most `rungs` for each axis,
         and as few as leave no more than the share `least_gain` of what is computed to be saved: each is a compile. They
         are compiled while the old ones serve, which they replace between two batches. Returns the new ladders."""
-        old, seen = self._work.ladders, self._work.sizes
+        if type(rungs) is not int or rungs < 1 or not 0 <= least_gain < 1:
+            raise InvalidOption(f"rungs is {rungs!r} and least_gain {least_gain!r}; they must be an integer >= 1, and "
+                                "a share from 0 on below 1")
+        old, seen = self._work.ladders, {}
+        self._runner.call(lambda: seen.update({axis: dict(sizes) for axis, sizes in self._work.sizes.items()}))
         axes = {name: fit_rungs(seen[name], rungs_now[-1], rungs, least_gain) if seen.get(name) else rungs_now
                 for name, rungs_now in old.axes.items()}
         new = Ladders(axes)

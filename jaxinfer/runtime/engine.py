@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class Engine:
                  tell: Callable[[News], None], failed: Callable[[Sequence, BaseException], None], device: jax.Device, *,
                  max_waiting: int, max_waiting_tokens: int):
         self.executables, self.scheduler = executables, scheduler
+        self.numbers: Iterator[int] = itertools.count(scheduler.version + 1)  # of the weights to come
         self.weights = {scheduler.version: params}  # by version: the newest, and those that somebody still runs on
         self.tell, self.failed = tell, failed
         self.queue = Admission(max_waiting, max_waiting_tokens)  # of those that are not yet begun to be read
@@ -106,14 +108,17 @@ class Engine:
 
     def swap(self, params: Any, onward: bool = False, version: int | None = None) -> int:
         """Between two steps, let new sequences run on other weights (`Scheduler.swap`); returns their version."""
+        number = 0
+
         def change():
-            number = self.scheduler.version + 1 if version is None else version
+            nonlocal number
+            number = next(self.numbers) if version is None else version
             self.weights = {**self.weights, number: params}
             self.scheduler.swap(number, onward)
             self._forget_weights()
 
         call_on(self._thread, self._post, change)
-        return self.scheduler.version
+        return number
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from jaxinfer.runtime.delivery import Delivery, Ticket
 from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.pack import check
-from jaxinfer.runtime.versions import check_like
+from jaxinfer.runtime.versions import check_like, own
 from jaxinfer.scheduler import AGEING
 
 Ask = Prompt | Request
@@ -202,11 +202,12 @@ class LanguageModel(Living):
         if running not in ("finish", "continue"):
             raise InvalidOption(f"running is {running!r}; it must be 'finish' or 'continue'")
         check_like(params, self._engine.executables.params)
-        return self._engine.swap(jax.device_put(params, self.device), running == "continue")
+        return self._engine.swap(own(params, self.device), running == "continue")
 
-    def renumber(self, version: int) -> None:
-        """Count versions from here: a registry's numbers are its own."""
+    def renumber(self, version: int, numbers: Iterator[int]) -> None:
+        """Be this version, and take the next `numbers` for those to come: a registry counts all of a name."""
         self._engine.swap(self.params, True, version)
+        self._engine.numbers = numbers
 
     @property
     def device(self) -> jax.Device:

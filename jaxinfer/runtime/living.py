@@ -46,7 +46,11 @@ class Living:
 
 def call_on(thread: threading.Thread, post: Callable[[Callable[[], Any]], object], action: Callable[[], object]
             ) -> None:
-    """Have `thread` run what is posted to it, and wait until it has. Raises Closed if it ends before."""
+    """Have `thread` run what is posted to it, and wait until it has; at once if it is this one. Raises Closed if it
+    ends before."""
+    if threading.current_thread() is thread:
+        action()
+        return
     done = threading.Event()
     post(lambda: (action(), done.set()))
     while not done.wait(0.1):

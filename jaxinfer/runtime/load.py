@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -41,7 +41,8 @@ CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
-         memory: int | str | None = None, device: str | jax.Device | None = None) -> Any:
+         memory: int | str | None = None, device: str | jax.Device | None = None,
+         known: Mapping[str, Any] | None = None) -> Any:
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
     embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
 
@@ -60,6 +61,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     fit, and fewer otherwise: then a request may have to wait for pages.
     `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a `jax.Device`; by default JAX's
     first.
+    `known`: inputs of an .onnx file that are the same for every request, such as {"sr": 16000}: those that decide its
+    shapes must be. There, `max_rows` are the requests of a batch; 1 asks for requests with the file's batch axis.
 
     Raises ModelNotFound, DownloadFailed, CorruptFile, UnsupportedModel, CheckpointMismatch (all problems of the
     weights at once), InvalidOption, OutOfMemory.
@@ -81,7 +84,9 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, "an ONNX file")
         if graph is not None or dtype is not None or max_context is not None:
             raise InvalidOption("graph, dtype and max_context are not for an ONNX file, which says these itself")
-        return load_onnx_endpoint(path, max_batch=max_rows, max_waiting=max_waiting, device=place)
+        return load_onnx_endpoint(path, known=known or {}, max_batch=max_rows, max_waiting=max_waiting, device=place)
+    if known is not None:
+        raise InvalidOption(f"known is for inputs of an .onnx file; {source} is none")
     checkpoint = open_checkpoint(path)
     config, model = _model(checkpoint, graph, max_context)
     if isinstance(model, Encoder):

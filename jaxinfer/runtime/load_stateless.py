@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.compiler.buckets import powers
 from jaxinfer.compiler.encoders import Encoders, encoder_ladder
-from jaxinfer.compiler.functions import FunctionKey, Functions, LeafLike
-from jaxinfer.errors import UnsupportedModel
+from jaxinfer.compiler.functions import Functions, LeafLike
+from jaxinfer.errors import InvalidOption, UnsupportedModel
 from jaxinfer.frontend.checkpoint import Checkpoint
 from jaxinfer.frontend.sentence import read_pipeline
 from jaxinfer.frontend.weights import load_params
@@ -24,6 +26,7 @@ from jaxinfer.runtime.endpoint import Endpoint
 from jaxinfer.runtime.padded import BATCH, Ladders
 
 MAX_DELAY = 0.002  # seconds that a request waits for company while the device is busy
+ANONYMOUS = (None, "?")  # what an ONNX file calls sizes that have nothing to do with each other
 
 
 def load_encoder(checkpoint: Checkpoint, config: Any, model: Encoder, tokenizer: Any, *, dtype: Any, max_waiting: int,
@@ -42,29 +45,29 @@ def load_encoder(checkpoint: Checkpoint, config: Any, model: Encoder, tokenizer:
         raise
 
 
-def load_onnx_endpoint(path: Path, *, max_batch: int, max_waiting: int, device: jax.Device) -> Endpoint:
+def load_onnx_endpoint(path: Path, *, known: Mapping[str, Any], max_batch: int, max_waiting: int, device: jax.Device
+                       ) -> Endpoint:
     """An Endpoint of an ONNX file, with `graph`. Requests are batched if the first axis of every input and output is
-    one and the same unnamed size; other sizes that the file leaves open are not padded, but compiled as they come."""
+    one and the same open size, unless `max_batch` is 1: then a request brings that axis as well. Other sizes that the
+    file leaves open are not padded, but compiled as they come. `known` inputs are the same for all requests."""
     from jaxinfer.frontend.onnx import load_onnx
 
     graph = load_onnx(path)
-    if fixed := [name for name, like in graph.inputs.items() if like.shaping]:
-        raise UnsupportedModel(f"{path}: {', '.join(fixed)} decide shapes, which differ from request to request then; "
-                               "jaxinfer.frontend.onnx.load_onnx(path).apply(params, inputs) runs it for one")
-    batch = _batch_axis(graph)
-    leaves = tuple(_leaf(name, like, batch) for name, like in graph.inputs.items() if not like.optional)
-    axes = {BATCH: powers(max_batch)} if batch is not None else {}
+    known = {name: _known(path, graph, name, value) for name, value in known.items()}
+    asked = {name: like for name, like in graph.inputs.items() if not like.optional and name not in known}
+    _check_inputs(path, asked)
+    batched = max_batch > 1 and _has_batch(graph, asked)
+    leaves = tuple(_leaf(name, like, batched) for name, like in sorted(asked.items()))  # as a dict's leaves are
+    axes = {BATCH: powers(max_batch)} if batched else {}
     structure = jax.tree.structure(((), {leaf.path: 0 for leaf in leaves}))
-    leaves = tuple(sorted(leaves, key=lambda leaf: leaf.path))  # as a dict's leaves are
     params = jax.device_put(graph.params, device)
-    call = lambda params, **inputs: graph.apply(params, inputs)
-    functions = Functions(call, params, leaves, structure, 0, device)
+    call = lambda params, **inputs: graph.apply(params, inputs | known)
+    functions = Functions(_by_row(call) if batched else call, params, leaves, structure, 0, device)
     try:
         if not any(isinstance(dim, str) for leaf in leaves for dim in leaf.shape):
-            functions.check(FunctionKey(2 if axes else None, ()))
-        names = tuple(name for name, like in graph.inputs.items() if not like.optional)
-        endpoint = Endpoint(functions, params, Door(leaves, structure, names, {}), Ladders(axes), max_delay=MAX_DELAY,
-                            max_waiting=max_waiting, nan="pass", name=graph.name)
+            functions.check((), axes.get(BATCH))
+        endpoint = Endpoint(functions, params, Door(leaves, structure, tuple(asked), {}), Ladders(axes),
+                            max_delay=MAX_DELAY, max_waiting=max_waiting, nan="pass", name=graph.name)
     except BaseException:
         functions.close()
         raise
@@ -72,14 +75,42 @@ def load_onnx_endpoint(path: Path, *, max_batch: int, max_waiting: int, device: 
     return endpoint
 
 
-def _batch_axis(graph: Any) -> str | None:
-    """The name of the size that is first in all inputs and outputs, if there is one."""
-    firsts = {like.shape[0] if like.shape else None for like in (*graph.inputs.values(), *graph.outputs.values())}
-    name = firsts.pop() if len(firsts) == 1 else None
-    return name if isinstance(name, str) else None
+def _known(path: Path, graph: Any, name: str, value: Any) -> np.ndarray:
+    if name not in graph.inputs:
+        raise InvalidOption(f"known names {name!r}; the inputs of {path} are {', '.join(graph.inputs)}")
+    try:
+        return np.asarray(value).astype(graph.inputs[name].dtype)
+    except (ValueError, TypeError) as error:
+        raise InvalidOption(f"known {name} is {value!r}; it must be {graph.inputs[name].dtype}") from error
 
 
-def _leaf(name: str, like: Any, batch: str | None) -> LeafLike:
-    dims = like.shape if batch is None else like.shape[1:]
-    shape = tuple(dim if isinstance(dim, int | str) else f"{name}.{i}" for i, dim in enumerate(dims))
+def _check_inputs(path: Path, asked: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModel for inputs that cannot be a request's arrays."""
+    alone = "jaxinfer.frontend.onnx.load_onnx(path).apply(params, inputs) runs it for one"
+    if fixed := [name for name, like in asked.items() if like.shaping]:
+        raise UnsupportedModel(f"{path}: {', '.join(fixed)} decide shapes, which differ from request to request then; "
+                               f"give them as known={{{fixed[0]!r}: ...}}, or {alone}")
+    if odd := [name for name, like in asked.items()
+               if like.shape is None or like.kind != "tensor" or like.dtype == object]:
+        raise UnsupportedModel(f"{path}: {', '.join(odd)} are no arrays of numbers with a known rank, as an endpoint's "
+                               f"requests must be; {alone}")
+
+
+def _has_batch(graph: Any, asked: Mapping[str, Any]) -> bool:
+    """Whether the first axis of all inputs and outputs is one and the same open size."""
+    firsts = {like.shape[0] if like.shape else None for like in (*asked.values(), *graph.outputs.values())}
+    return len(firsts) == 1 and isinstance(firsts.pop(), str)
+
+
+def _by_row(call: Callable) -> Callable:
+    """The function, mapped over batches of one: whatever the file does along its first axis, a request is alone."""
+    def row(params, inputs):
+        found = call(params, **jax.tree.map(lambda x: x[None], inputs))
+        return jax.tree.map(lambda x: jnp.squeeze(x, 0), found)
+    return lambda params, **inputs: jax.vmap(row, (None, 0))(params, inputs)
+
+
+def _leaf(name: str, like: Any, batched: bool) -> LeafLike:
+    dims = like.shape[1:] if batched else like.shape
+    shape = tuple(f"{name}.{i}" if dim in ANONYMOUS else dim for i, dim in enumerate(dims))
     return LeafLike(name, shape, np.dtype(jax.dtypes.canonicalize_dtype(like.dtype)))

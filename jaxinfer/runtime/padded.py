@@ -121,9 +121,12 @@ class PaddedWork(VersionedWork):
         self.bytes_copied += nbytes
         buffers = self._buffers.take(key, [(leaf.sized(key.rows, sizes), leaf.dtype) for leaf in leaves])
         for i, (leaf, buffer) in enumerate(zip(leaves, buffers, strict=True)):
-            rows = [buffer] if key.rows is None else np.moveaxis(buffer, leaf.batch, 0)
+            rows = [buffer]
+            if key.rows is not None:
+                moved = np.moveaxis(buffer, leaf.batch, 0)
+                rows = [moved[row, ...] for row in range(key.rows)]  # views, of numbers as well
             for row, ask in zip(rows, asks, strict=False):
-                _write(row, ask.payload.arrays[i], leaf.pad)
+                write(row, ask.payload.arrays[i], leaf.pad)
             for row in rows[len(asks):]:
                 row[...] = rows[0]  # padding is a request that nobody asked for, and cannot be out of the ordinary
         return buffers, buffers
@@ -133,7 +136,8 @@ class PaddedWork(VersionedWork):
         leaves, structure = jax.tree.flatten(packed.outputs)
         arrays = [np.asarray(leaf) for leaf in leaves]
         self.took(packed.key, packed.started)
-        rows = [arrays] if packed.key.rows is None else self._rows(arrays, len(flight.asks))
+        rows = ([[array.copy() for array in arrays]] if packed.key.rows is None
+                else self._rows(arrays, len(flight.asks)))
         results = [self._result(ask, row, packed.key, structure) for ask, row in zip(flight.asks, rows, strict=True)]
         if packed.buffers is not None:
             self._buffers.give(packed.key, packed.buffers)
@@ -165,7 +169,8 @@ class PaddedWork(VersionedWork):
         return Result(jax.tree.unflatten(structure, arrays), None, flagged)
 
 
-def _write(row: np.ndarray, array: np.ndarray, pad: Any) -> None:
+def write(row: np.ndarray, array: np.ndarray, pad: Any) -> None:
+    """A request's array into its place, with padding behind it."""
     if row.shape == array.shape:
         row[...] = array
         return

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from jaxinfer.errors import Closed, InvalidOption, ModelNotFound
+from jaxinfer.errors import Closed, InvalidOption, ModelNotFound, Rejected
 from jaxinfer.runtime import memory as planning
 
 Policy = Literal["available", "frugal"]
@@ -17,7 +21,8 @@ STABLE = "stable"
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """One version of a named model: its `number`, and what serves it, an Endpoint or a LanguageModel."""
+    """One version of a named model: its `number`, and what serves it, an Endpoint or a LanguageModel. Weights that are
+    swapped within it have numbers of their own (`model.version`), which no other version of the name gets."""
 
     name: str
     number: int
@@ -28,12 +33,14 @@ class ModelVersion:
 class _Shelf:
     """The versions of one name. `labels` is replaced, never changed: whoever reads it sees one state of it."""
 
-    make: dict[int, Callable[[], Any]] = field(default_factory=dict)
+    make: dict[int, Callable[[], Any]] = field(default_factory=dict)  # of those that may be needed again
     ready: dict[int, ModelVersion] = field(default_factory=dict)
     labels: dict[str, ModelVersion] = field(default_factory=dict)
-    history: list[int] = field(default_factory=list)  # the numbers that were stable, the latest last
+    coming: frozenset[str] = frozenset()  # labels whose old version had to go before the new one comes
+    before: int | None = None  # the number that was stable before
     lock: threading.RLock = field(default_factory=threading.RLock)
-    last: int = 0
+    numbers: Iterator[int] = field(default_factory=partial(itertools.count, 1))
+    seconds: float = 1.0  # that the last version took to make
 
 
 class Registry:
@@ -70,7 +77,7 @@ class Registry:
     def at(self, name: str, label: str = STABLE) -> Handle:
         """A handle to whatever version has a label."""
         shelf = self._shelf(name)
-        if label not in shelf.labels:
+        if label not in shelf.labels and label not in shelf.coming:
             raise ModelNotFound(f"{name} has no version with the label {label!r}; it has {sorted(shelf.labels)}")
         return Handle(shelf, name, label)
 
@@ -89,65 +96,48 @@ class Registry:
         had that is drained for at most `drain` seconds and closed. Returns its number.
 
         `policy`: "available" loads the new version beside the old one, so that there always is one; "frugal" closes
-        the old one first, where both do not fit. By default it follows from `needs`, the bytes of the new version
-        (those of the old one if it is not given), and from what is free. If `make` raises, so does this, and the old
-        version serves on; a frugal load makes it again.
+        the old one first, where both do not fit: callers are Rejected until the new one has come, with every label that
+        the old one had. By default it follows from `needs`, the bytes of the new version (those of the old one if it is
+        not given), and from what is free. If `make` raises, so does this, and the old version serves on; a frugal load
+        makes it again.
         """
         if policy not in (None, "available", "frugal"):
             raise InvalidOption(f"policy is {policy!r}; it must be 'available' or 'frugal'")
-        with self._lock:
-            if self._closed:
-                raise Closed()
-            shelf = self._shelves.setdefault(name, _Shelf())
-        with shelf.lock:
+        with self._held(name, new=True) as shelf:
             old = shelf.labels.get(label)
             if old is not None and (policy or self._policy(old, needs)) == "frugal":
                 return self._load_frugally(shelf, name, make, label, old, drain)
-            try:
-                new = self._make(shelf, name, make)
-            except BaseException:
-                if not shelf.ready:
-                    self._shelves.pop(name, None)
-                raise
-            self._flip(shelf, label, new)
-            if old is not None:
-                self._retire(shelf, old, drain)
+            new = self._make(shelf, name, make)
+            self._flip(shelf, new, label, drain=drain)
             return new.number
 
     def flip(self, name: str, number: int, label: str = STABLE, drain: float = 60.0) -> None:
         """Give a label to a version that is loaded; whoever had it is drained and closed, unless it has another."""
-        shelf = self._shelf(name)
-        with shelf.lock:
-            if number not in shelf.ready:
-                raise ModelNotFound(f"{name} has no version {number}; loaded are {sorted(shelf.ready)}")
-            old = shelf.labels.get(label)
-            self._flip(shelf, label, shelf.ready[number])
-            if old is not None:
-                self._retire(shelf, old, drain)
+        with self._held(name) as shelf:
+            self._check_ready(shelf, name, number)
+            self._flip(shelf, shelf.ready[number], label, drain=drain)
 
     def roll_back(self, name: str, drain: float = 60.0) -> int:
-        """Make the version that was stable before stable again, loading it anew if it was closed."""
-        shelf = self._shelf(name)
-        with shelf.lock:
-            before = next((n for n in reversed(shelf.history[:-1]) if n != shelf.history[-1]), None)
+        """Make the version that was stable before stable again, loading it anew if it was closed. Once: what was stable
+        before that is not kept."""
+        with self._held(name) as shelf:
+            before = shelf.before
             if before is None:
                 raise ModelNotFound(f"{name} has no earlier stable version to roll back to")
-            old = shelf.labels[STABLE]
-            version = shelf.ready.get(before) or self._make(shelf, name, shelf.make[before], before)
-            self._flip(shelf, STABLE, version)
-            self._retire(shelf, old, drain)
+            self._flip(shelf, shelf.ready.get(before) or self._make(shelf, name, shelf.make[before], before), STABLE,
+                       drain=drain)
+            shelf.before = None
             return before
 
     def unload(self, name: str, number: int | None = None, drain: float = 60.0) -> None:
         """Drain and close one version, or all of them; then the name is forgotten."""
-        shelf = self._shelf(name)
-        with shelf.lock:
+        with self._held(name) as shelf:
+            if number is not None:
+                self._check_ready(shelf, name, number)
             for version in tuple(shelf.ready.values()):
                 if number in (None, version.number):
                     shelf.labels = {label: v for label, v in shelf.labels.items() if v is not version}
                     self._retire(shelf, version, drain)
-            if not shelf.ready:
-                self._shelves.pop(name, None)
 
     def close(self) -> None:
         """Close everything at once: what waits fails with Closed."""
@@ -164,25 +154,53 @@ class Registry:
         except KeyError:
             raise ModelNotFound(f"there is no model {name!r}; there are {sorted(self._shelves)}") from None
 
+    @contextmanager
+    def _held(self, name: str, new: bool = False) -> Iterator[_Shelf]:
+        """A name's shelf, to change. Afterwards it is forgotten if nothing is on it; who waited for one that was
+        forgotten looks again."""
+        while True:
+            with self._lock:
+                if new and self._closed:
+                    raise Closed()
+                shelf = self._shelves.setdefault(name, _Shelf()) if new else self._shelf(name)
+            with shelf.lock:
+                if self._shelves.get(name) is not shelf:
+                    continue
+                try:
+                    yield shelf
+                finally:
+                    kept = {shelf.before, *shelf.ready}
+                    shelf.make = {number: make for number, make in shelf.make.items() if number in kept}
+                    if not shelf.ready and self._shelves.get(name) is shelf:
+                        del self._shelves[name]
+                return
+
+    def _check_ready(self, shelf: _Shelf, name: str, number: int) -> None:
+        if number not in shelf.ready:
+            raise ModelNotFound(f"{name} has no version {number}; loaded are {sorted(shelf.ready)}")
+
     def _make(self, shelf: _Shelf, name: str, make: Callable[[], Any], number: int | None = None) -> ModelVersion:
-        model = make()
+        start, model = time.monotonic(), make()
         try:
             model.warmup()
         except BaseException:
             model.close()
             raise
-        if number is None:
-            shelf.last += 1
-            number = shelf.last
+        shelf.seconds = time.monotonic() - start
+        number = next(shelf.numbers) if number is None else number
         version = ModelVersion(name, number, model)
-        model.renumber(number)
+        model.renumber(number, shelf.numbers)
         shelf.make[number], shelf.ready[number] = make, version
         return version
 
-    def _flip(self, shelf: _Shelf, label: str, version: ModelVersion) -> None:
-        shelf.labels = {**shelf.labels, label: version}
-        if label == STABLE:
-            shelf.history.append(version.number)
+    def _flip(self, shelf: _Shelf, version: ModelVersion, *labels: str, drain: float) -> None:
+        """Give labels to a version; those that had them and have none now are drained and closed."""
+        old = {label: shelf.labels[label] for label in labels if shelf.labels.get(label) not in (None, version)}
+        if STABLE in old:
+            shelf.before = old[STABLE].number
+        shelf.labels = {**shelf.labels, **dict.fromkeys(labels, version)}
+        for other in old.values():
+            self._retire(shelf, other, drain)
 
     def _retire(self, shelf: _Shelf, version: ModelVersion, drain: float) -> None:
         """Close a version that has no label any more, when what it has begun has ended."""
@@ -193,15 +211,22 @@ class Registry:
 
     def _load_frugally(self, shelf: _Shelf, name: str, make: Callable[[], Any], label: str, old: ModelVersion,
                        drain: float) -> int:
-        shelf.labels = {key: v for key, v in shelf.labels.items() if v is not old}
-        self._retire(shelf, old, drain)
+        labels = [key for key, version in shelf.labels.items() if version is old]
+        shelf.coming = frozenset(labels)
         try:
-            new = self._make(shelf, name, make)
-        except BaseException:
-            self._flip(shelf, label, self._make(shelf, name, shelf.make[old.number], old.number))
-            raise
-        self._flip(shelf, label, new)
-        return new.number
+            shelf.labels = {key: v for key, v in shelf.labels.items() if v is not old}
+            self._retire(shelf, old, drain)
+            try:
+                new = self._make(shelf, name, make)
+            except BaseException:
+                self._flip(shelf, self._make(shelf, name, shelf.make[old.number], old.number), *labels, drain=drain)
+                raise
+            if STABLE in labels:
+                shelf.before = old.number
+            self._flip(shelf, new, *labels, drain=drain)
+            return new.number
+        finally:
+            shelf.coming = frozenset()
 
     def _policy(self, old: ModelVersion, needs: int | str | None) -> Policy:
         wanted = planning.parse_bytes(needs) if needs is not None else old.model.nbytes
@@ -217,10 +242,15 @@ class Handle:
 
     @property
     def version(self) -> ModelVersion:
-        try:
-            return self._shelf.labels[self._label]
-        except KeyError:
-            raise ModelNotFound(f"{self._name} has no version with the label {self._label!r} now") from None
+        shelf = self._shelf
+        found = shelf.labels.get(self._label)
+        if found is None and self._label in shelf.coming:
+            raise Rejected(f"{self._name} is being loaded, and there was no memory for the old version beside the new; "
+                           f"try again in {shelf.seconds:.1f} s", 0, shelf.seconds)
+        found = found or shelf.labels.get(self._label)  # if it has come just now
+        if found is None:
+            raise ModelNotFound(f"{self._name} has no version with the label {self._label!r} now")
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._ask("__call__", args, kwargs)
@@ -234,6 +264,7 @@ class Handle:
         return (lambda *args, **kwargs: self._ask(verb, args, kwargs)) if callable(found) else found
 
     def _ask(self, verb: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _repeatable(args), dict(zip(kwargs, _repeatable(kwargs.values()), strict=True))
         while True:
             version = self.version
             try:
@@ -242,6 +273,7 @@ class Handle:
                 self._check_moved(version)
 
     async def _await(self, verb: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _repeatable(args), dict(zip(kwargs, _repeatable(kwargs.values()), strict=True))
         while True:
             version = self.version
             try:
@@ -252,3 +284,8 @@ class Handle:
     def _check_moved(self, version: ModelVersion) -> None:
         if self._shelf.labels.get(self._label) is version:
             raise Closed()
+
+
+def _repeatable(values: Iterable[Any]) -> tuple:
+    """What is asked twice if the version is closed meanwhile: an iterator would be empty the second time."""
+    return tuple(list(value) if isinstance(value, Iterator) else value for value in values)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from jaxinfer import events
-from jaxinfer.errors import Closed, Expired, StepFailed
+from jaxinfer.errors import Closed, Expired, InvalidRequest, StepFailed
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.living import call_on
 from jaxinfer.runtime.replies import wake_loops
@@ -21,6 +21,7 @@ from jaxinfer.runtime.timer import TIMER
 from jaxinfer.scheduler.batcher import Ask, Batcher
 
 AHEAD = 2  # batches that the device has at once: one that it computes, and one to follow
+LONG, PAUSE = 0.005, 0.001  # seconds that a batch must run on to look out for others, and between two looks
 
 
 @dataclass
@@ -45,6 +46,10 @@ class Work(Protocol):
 
     def dispatch(self, asks: list[Ask]) -> Flight:
         """Pack the requests and launch them; waits for nothing but compiles."""
+        ...
+
+    def left(self, flight: Flight) -> float:
+        """Seconds for which a batch is sure to run on, as far as is known; 0 if it is done, or may be any moment."""
         ...
 
     def collect(self, flight: Flight) -> list[Result]:
@@ -77,7 +82,8 @@ class Runner:
         self._open[id] = ask
         for name, seconds in (("queue_timeout", queue_timeout), ("timeout", timeout)):
             if seconds is not None:
-                TIMER.call_at(ask.at + seconds, partial(_expire, weakref.ref(self), id, name, seconds))
+                me = weakref.ref(self)
+                TIMER.call_at(ask.at + seconds, partial(_expire, me, id, name, seconds), partial(_is_open, me, id))
         self._post(lambda: self.batcher.submit(ask))
         if self._closing:  # it may have slipped in behind the end
             self._finish(id, Result(error=Closed()))
@@ -112,6 +118,12 @@ class Runner:
     def call(self, action: Callable[[], Any]) -> None:
         """Run `action` on the runner's thread, between two batches, and wait for it."""
         call_on(self._thread, self._post, action)
+
+    def check_outside(self) -> None:
+        """Raises InvalidRequest in the runner's own thread, which would wait for itself for ever."""
+        if threading.current_thread() is self._thread:
+            raise InvalidRequest("a done callback runs in the thread that would compute this: ask with submit there, "
+                                 "and do not wait for the reply")
 
     @property
     def closed(self) -> bool:
@@ -165,8 +177,18 @@ class Runner:
         if asks:
             self.queue.leave([ask.order[1] for ask in asks])
             self._launch([ask for ask in asks if ask.order[1] in self._open])
-        elif self._flying:
+        elif self._flying and not self._look_out(self._flying[0]):
             self._collect(self._flying.popleft())
+
+    def _look_out(self, flight: Flight) -> bool:
+        """Whether it is too early to wait for nothing but a batch that the device computes: another could follow it
+        before it is done. Then pause for as long as nothing can have happened that matters."""
+        if len(self._flying) >= AHEAD or self.work.left(flight) < LONG:
+            return False
+        with self._wake:
+            if not self._closing:
+                self._wake.wait(max(0.0, min(PAUSE, self.batcher.due() - time.perf_counter())))
+        return True
 
     def _launch(self, asks: list[Ask]) -> None:
         if not asks:
@@ -186,6 +208,8 @@ class Runner:
 
     def _retry(self, asks: list[Ask], error: Exception) -> None:
         """A batch failed: each of its requests is tried once more, alone, so that one cannot harm the others."""
+        if len(asks) > 1:
+            events.emit(events.Retried(len(asks), error))
         for ask in asks:
             if len(asks) > 1:
                 try:
@@ -225,3 +249,8 @@ class Runner:
 def _expire(runner: Callable[[], Runner | None], id: int, name: str, seconds: float) -> None:
     if found := runner():
         found.expire(id, name, seconds)
+
+
+def _is_open(runner: Callable[[], Runner | None], id: int) -> bool:
+    found = runner()
+    return found is not None and id in found._open

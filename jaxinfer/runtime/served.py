@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -15,14 +16,17 @@ import jax
 
 from jaxinfer.compiler import Ledger
 from jaxinfer.compiler.programs import Programs
+from jaxinfer.errors import Closed, InvalidRequest
 from jaxinfer.request import check_options
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.replies import Reply, Task, Waiter
-from jaxinfer.runtime.runner import Runner, Work
-from jaxinfer.runtime.versions import Version, check_like
+from jaxinfer.runtime.runner import Flight, Runner, Work
+from jaxinfer.runtime.versions import Version, check_like, own
 from jaxinfer.scheduler import AGEING
 from jaxinfer.scheduler.batcher import Ask
+
+SURE = 0.8  # of the average time of a batch: before, it is hardly ever done
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class VersionedWork(Work):
         """That a batch of this shape will take, as far as is known."""
         return self._seconds.get(key, 0.0)
 
+    def left(self, flight: Flight) -> float:
+        if (sure := SURE * self._seconds.get(flight.work.key, inf) - (time.perf_counter() - flight.work.started)) <= 0:
+            return 0.0
+        return 0.0 if all(leaf.is_ready() for leaf in jax.tree.leaves(flight.work.outputs)) else sure
+
     def took(self, key: Hashable, started: float) -> None:
         """A batch of this shape, launched at `started`, has just come back."""
         seconds = time.perf_counter() - started
@@ -66,8 +75,8 @@ class Served(Living):
 
     def __init__(self, runner: Runner, work: VersionedWork, programs: Programs, name: str):
         self.name, self._runner, self._work, self._programs = name, runner, work, programs
-        self._ids = itertools.count(1)
-        self._shut = weakref.finalize(self, _shut, runner, programs)
+        self._ids, self._numbers, self._swapping = itertools.count(1), itertools.count(2), threading.Lock()
+        self._shut = weakref.finalize(self, _shut, runner, work, programs)
 
     def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int, Any]:
         """What a request is to the batcher: its shape, its size and its payload. Raises InvalidRequest."""
@@ -78,6 +87,7 @@ class Served(Living):
     def __call__(self, *args: Any, priority: int = 0, queue_timeout: float | None = None,
                  timeout: float | None = None, **kwargs: Any) -> Any:
         """The result of one request."""
+        self._runner.check_outside()
         waiter = Waiter()
         ask = self._submit(waiter, args, kwargs, priority, queue_timeout, timeout)
         try:
@@ -91,7 +101,7 @@ class Served(Living):
         """Queue a request and return at once: the `Reply` is a future, and an awaitable."""
         reply = Reply()
         ask = self._submit(reply, args, kwargs, priority, queue_timeout, timeout)
-        reply.withdraw = partial(self._runner.withdraw, ask.order[1])
+        reply.withdraw = partial(self._withdraw, ask.order[1])
         return reply
 
     async def asubmit(self, *args: Any, priority: int = 0, queue_timeout: float | None = None,
@@ -118,40 +128,54 @@ class Served(Living):
 
     def _many(self, requests: list[tuple[tuple, dict[str, Any]]], options: dict[str, Any]) -> list[Any]:
         """The results of many requests, in their order; waits for room in the queue where it is full."""
+        self._runner.check_outside()
         replies: list[Reply] = []
-        how = {"priority": 0, "queue_timeout": None, "timeout": None, **options}
+        how = {"priority": 0, "queue_timeout": None, "timeout": None}
+        if unknown := sorted(set(options) - set(how)):
+            raise InvalidRequest(f"unknown options {unknown}; known are {list(how)}")
+        how |= options
         try:
             for args, kwargs in requests:
                 replies.append(Reply())
                 ask = self._submit(replies[-1], args, kwargs, **how, wait=True)
-                replies[-1].withdraw = partial(self._runner.withdraw, ask.order[1])
+                replies[-1].withdraw = partial(self._withdraw, ask.order[1])
             return [reply.result() for reply in replies]
         finally:
             for reply in replies:
                 reply.cancel()
 
+    def _withdraw(self, id: int) -> bool:
+        """A method of ours, not the runner's: a model that is dropped is closed, but not while a reply is awaited."""
+        return self._runner.withdraw(id)
+
     # Weights.
 
     @property
     def params(self) -> Any:
-        """The weights that new batches run on."""
+        """The weights that new batches run on; None once it is closed."""
         return self._work.version.params
 
     @property
     def version(self) -> int:
-        """The number of these weights: 1, and one more with every swap."""
+        """The number of these weights: 1, and more with every swap."""
         return self._work.version.number
 
     def swap(self, params: Any) -> int:
         """Run new batches on other weights of the same structure, shapes and dtypes, with no compile; batches that run
         now end on the old ones. Returns the new version's number. Raises InvalidOption if they do not match."""
         check_like(params, self._programs.params)
-        self._work.version = Version(self.version + 1, jax.device_put(params, self.device))
-        return self.version
+        params = own(params, self.device)
+        with self._swapping:
+            if self._runner.closed:
+                raise Closed()
+            number = next(self._numbers)
+            self._work.version = Version(number, params)
+        return number
 
-    def renumber(self, version: int) -> None:
-        """Count versions from here: a registry's numbers are its own."""
-        self._work.version = self._work.version._replace(number=version)
+    def renumber(self, version: int, numbers: Iterator[int]) -> None:
+        """Be this version, and take the next `numbers` for those to come: a registry counts all of a name."""
+        with self._swapping:
+            self._numbers, self._work.version = numbers, self._work.version._replace(number=version)
 
     # Looking.
 
@@ -188,6 +212,7 @@ class Served(Living):
         return self._runner.busy
 
 
-def _shut(runner: Runner, programs: Programs) -> None:
+def _shut(runner: Runner, work: VersionedWork, programs: Programs) -> None:
     runner.close()
     programs.close()
+    work.version = Version(work.version.number, None)  # whoever still holds the model does not hold its weights

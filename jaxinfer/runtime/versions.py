@@ -17,6 +17,15 @@ class Version(NamedTuple):
     params: Any
 
 
+def own(params: Any, device: jax.Device) -> Any:
+    """The weights on a device, in memory of their own: who wrote them goes on writing to theirs. Raises InvalidOption
+    for what is no array."""
+    try:
+        return jax.device_put(jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, params), device)
+    except TypeError as error:
+        raise InvalidOption(f"params must be a pytree of arrays: {error}") from error
+
+
 def check_like(params: Any, wanted: Any) -> None:
     """Raises InvalidOption unless `params` has the structure, shapes and dtypes of `wanted`; names what differs."""
     if jax.tree.structure(params) != jax.tree.structure(wanted):

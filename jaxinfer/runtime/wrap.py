@@ -10,14 +10,16 @@ import numpy as np
 
 from jaxinfer import compiler
 from jaxinfer.compiler.buckets import powers
-from jaxinfer.compiler.functions import FunctionKey, Functions, LeafLike
+from jaxinfer.compiler.functions import Functions, LeafLike
 from jaxinfer.errors import InvalidOption
 from jaxinfer.frontend.modules import as_function
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.door import Door
 from jaxinfer.runtime.endpoint import Endpoint
+from jaxinfer.runtime.inert import check_inert
 from jaxinfer.runtime.load import find_device
 from jaxinfer.runtime.padded import BATCH, Ladders, NanPolicy
+from jaxinfer.runtime.versions import own
 
 OWN = ("priority", "queue_timeout", "timeout")  # names of a call's options
 
@@ -37,6 +39,7 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     function takes one request alone, and is vmapped.
     `ragged`: axes that differ from request to request, by array and named: {"ids": {0: "length"}}. They are padded
     with `pad[path]` (0), to a rung of `ladders[name]`; results are cut to what the function gives for the true size.
+    That padding changes nothing else is for the function to see to, by a mask or by `pad`: the example is tried.
     `ladders`: rungs by axis, "B" for the batch: by default powers of two, to `max_batch` and to the example's size.
     None for an axis: it is not padded, and every size of it is compiled.
     `max_delay`: seconds that the oldest request waits for company while the device is busy (an idle one takes what
@@ -45,7 +48,7 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     registry's `load`, raises OutOfMemory otherwise.
     `nan`: "pass", "flag" (a `Reply` names the arrays) or "reject" requests and results with NaN in them.
 
-    Raises InvalidOption where what is said contradicts itself or the function.
+    Raises InvalidOption where what is said contradicts itself or the function, or where padding changes a result.
 
     >>> double = endpoint(lambda x: 2 * x, example=np.zeros(3, np.float32), max_batch=4)
     >>> double([1, 2, 3]).tolist()
@@ -61,16 +64,21 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     _count("max_waiting", max_waiting)
     if not isinstance(max_delay, int | float) or not 0 <= max_delay < 3600:
         raise InvalidOption(f"max_delay is {max_delay!r}; it must be seconds, 0 to 3600")
+    if type(out_axis) is not int or out_axis < 0:
+        raise InvalidOption(f"out_axis is {out_axis!r}; it must be an integer >= 0")
     if nan not in ("pass", "flag", "reject"):
         raise InvalidOption(f"nan is {nan!r}; it must be 'pass', 'flag' or 'reject'")
     if axis is None:
         call = _vmapped(call, out_axis)
-    params = jax.device_put(params, place)
+    params = own(params, place)
     functions = Functions(call, params, leaves, structure, out_axis, place)
     try:
-        smallest = tuple((dim, rungs.axes[dim][0]) for dim in sorted(_named(leaves)) if dim in rungs.axes)
-        if len(smallest) == len(_named(leaves)):
-            functions.check(FunctionKey(2 if BATCH in rungs.axes else None, smallest))
+        smallest = tuple((dim, rungs.axes[dim][0] if dim in rungs.axes else size)
+                         for dim, size in sorted(_sizes(leaves, arguments).items()))
+        functions.check(smallest, rungs.axes[BATCH])
+        if smallest:
+            check_inert(functions, params, rungs, [np.asarray(x, leaf.dtype) for x, leaf in
+                                                   zip(jax.tree.leaves(arguments), leaves, strict=True)])
         door = Door(leaves, structure, names, {name: rungs.axes[name][-1] for name in rungs.axes})
         budget = None if memory is None else planning.parse_bytes(memory)
         return Endpoint(functions, params, door, rungs, max_delay=max_delay, max_waiting=max_waiting, nan=nan,
@@ -117,8 +125,20 @@ def _leaves(arguments: Any, axis: int | Mapping[str, int] | None, ragged: Mappin
         batch = axis.get(path, 0) if isinstance(axis, Mapping) else axis or 0
         if type(batch) is not int or not 0 <= batch <= array.ndim:
             raise InvalidOption(f"axis of {path} is {batch!r}; it must be 0 to {array.ndim}")
-        leaves.append(LeafLike(path, _shape(path, array, ragged.get(path, {})), dtype, pad.get(path, 0), batch))
+        leaves.append(LeafLike(path, _shape(path, array, ragged.get(path, {})), dtype,
+                               _pad(path, pad.get(path, 0), dtype), batch))
     return tuple(leaves), structure
+
+
+def _pad(path: str, value: Any, dtype: np.dtype) -> np.ndarray:
+    try:
+        with np.errstate(all="ignore"):
+            pad = np.asarray(value).astype(dtype)
+    except (ValueError, TypeError):
+        pad = None
+    if pad is None or pad.ndim or (dtype.kind in "biu" and pad != value):
+        raise InvalidOption(f"pad of {path} is {value!r}; it must be a number that {dtype} can hold")
+    return pad
 
 
 def _shape(path: str, array: np.ndarray, ragged: Mapping[int, str]) -> tuple[int | str, ...]:
@@ -131,22 +151,24 @@ def _shape(path: str, array: np.ndarray, ragged: Mapping[int, str]) -> tuple[int
     return tuple(shape)
 
 
-def _named(leaves: Sequence[LeafLike]) -> set[str]:
-    return {dim for leaf in leaves for dim in leaf.shape if isinstance(dim, str)}
+def _sizes(leaves: Sequence[LeafLike], arguments: Any) -> dict[str, int]:
+    """The example's own size of each named axis."""
+    return {dim: size for leaf, value in zip(leaves, jax.tree.leaves(arguments), strict=True)
+            for dim, size in zip(leaf.shape, np.shape(value), strict=True) if isinstance(dim, str)}
 
 
 def _ladders(leaves: Sequence[LeafLike], arguments: Any, given: Mapping[str, Sequence[int] | None], max_batch: int
              ) -> Ladders:
-    longest = {dim: size for leaf, value in zip(leaves, jax.tree.leaves(arguments), strict=True)
-               for dim, size in zip(leaf.shape, np.shape(value), strict=True) if isinstance(dim, str)}
-    axes = {BATCH: powers(max_batch)} | {name: powers(size, least=min(16, size)) for name, size in longest.items()}
+    axes = {BATCH: powers(max_batch)} | {name: powers(size, least=min(16, size))
+                                         for name, size in _sizes(leaves, arguments).items()}
     if unknown := sorted(set(given) - set(axes)):
         raise InvalidOption(f"ladders names {unknown}; the axes are {sorted(axes)}")
     for name, rungs in given.items():
         if rungs is None and name != BATCH:
             del axes[name]
             continue
-        if not rungs or not all(type(r) is int and r > 0 for r in rungs) or list(rungs) != sorted(set(rungs)):
+        if (not isinstance(rungs, Sequence) or not rungs or not all(type(r) is int and r > 0 for r in rungs)
+                or list(rungs) != sorted(set(rungs))):
             raise InvalidOption(f"the ladder of {name!r} is {rungs!r}; it must be rising sizes, such as (1, 8, 64)")
         axes[name] = tuple(rungs)
     return Ladders(axes)
