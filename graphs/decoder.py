@@ -1,9 +1,10 @@
-"""A decoder-only transformer, driven by data: rotary positions, grouped-query attention, gated feed-forward.
+"""A decoder-only transformer, driven by data: rotary positions, grouped-query attention, gated feed-forward layers,
+some or all of which may be routed to experts.
 
 One `Config` says what sets its families apart: where the norms stand, which layers look through a window, how
 positions turn, what is scaled, capped or biased. To try something of your own, copy this file and edit it.
 
-Axes: T tokens, R rows, D model width, F feed-forward width, N query heads, K key-value heads, H head width,
+Axes: T tokens, R rows, D model width, F feed-forward width, E experts, N query heads, K key-value heads, H head width,
 V vocabulary. Weights are [out, in]; the residual stream is float32 whatever the weights are.
 """
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Params, Run, StateGroup
 from jaxinfer.graphs.rope import Rope, turns
-from jaxinfer.kernels import attend, matmul, rms_norm, rope
+from jaxinfer.kernels import attend, matmul, rms_norm, rope, route, routed_ffn
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -30,10 +31,12 @@ ACTIVATIONS = {
 @dataclass(frozen=True)
 class Layer:
     """What may differ from layer to layer: a token sees the last `window` tokens, itself included (None: all of
-    them); `rope` is an index into `Config.ropes` (None: this layer's heads know no positions)."""
+    them); `rope` is an index into `Config.ropes` (None: this layer's heads know no positions); the feed-forward layer
+    is one for all tokens, or `routed` to experts."""
 
     window: int | None = None
     rope: int | None = 0
+    routed: bool = False
 
     @property
     def group(self) -> str:
@@ -68,6 +71,10 @@ class Config:
     attention_cap: float | None = None  # cap * tanh(scores / cap)
     logit_cap: float | None = None
     tied: bool = False  # the head reads the embedding
+    experts: int = 0  # of each routed layer
+    experts_per_token: int = 0
+    expert_ffn: int = 0  # the width of one
+    renormalise: bool = True  # the weights of a token's experts sum to one
 
 
 def build(config: Config) -> Graph:
@@ -79,14 +86,15 @@ def build(config: Config) -> Graph:
         for name, window in windows.items()
     )
     blocks = {
-        layer: Block(f"{layer.group}/rope_{layer.rope}", layer.group, partial(block, config, layer))
+        layer: Block(f"{layer.group}/rope_{layer.rope}" + "/routed" * layer.routed, layer.group,
+                     partial(block, config, layer))
         for layer in config.layers
     }
     spec = {
         "embed": Leaf((config.vocab, config.width), ("vocab", "embed"), "model.embed_tokens.weight"),
         "blocks": [
-            jax.tree.map(lambda leaf, i=i: leaf.under(f"model.layers.{i}."), block_spec(config))
-            for i in range(len(config.layers))
+            jax.tree.map(lambda leaf, i=i: leaf.under(f"model.layers.{i}."), block_spec(config, layer))
+            for i, layer in enumerate(config.layers)
         ],
         "norm": Leaf((config.width,), ("embed",), "model.norm.weight", exact=True),
     }
@@ -106,9 +114,9 @@ def build(config: Config) -> Graph:
     )
 
 
-def block_spec(config: Config) -> Params:
+def block_spec(config: Config, layer: Layer) -> Params:
     """The leaves of one layer. Projections that read the same input are one leaf: one matmul instead of three."""
-    D, F, H = config.width, config.ffn, config.head_width
+    D, H = config.width, config.head_width
     q, kv = config.heads * H, config.kv_heads * H
     vector = partial(Leaf, exact=True)
     spec = {
@@ -116,9 +124,7 @@ def block_spec(config: Config) -> Params:
                     "self_attn.q_proj.weight + self_attn.k_proj.weight + self_attn.v_proj.weight",
                     "self_attn.qkv_proj.weight"),
         "out": Leaf((D, q), ("embed", "heads"), "self_attn.o_proj.weight"),
-        "gate_up": Leaf((2 * F, D), ("ffn", "embed"),
-                        "mlp.gate_proj.weight + mlp.up_proj.weight", "mlp.gate_up_proj.weight"),
-        "down": Leaf((D, F), ("embed", "ffn"), "mlp.down_proj.weight"),
+        **(experts_spec(config) if layer.routed else ffn_spec(config)),
     }
     if config.norm in ("pre", "both"):
         before_ffn = "post_attention_layernorm" if config.norm == "pre" else "pre_feedforward_layernorm"
@@ -136,10 +142,35 @@ def block_spec(config: Config) -> Params:
                                   "self_attn.q_proj.bias + self_attn.k_proj.bias + self_attn.v_proj.bias")
     if config.out_bias:
         spec["out_bias"] = vector((D,), ("embed",), "self_attn.o_proj.bias")
-    if config.ffn_bias:
-        spec["gate_up_bias"] = vector((2 * F,), ("ffn",), "mlp.gate_proj.bias + mlp.up_proj.bias")
-        spec["down_bias"] = vector((D,), ("embed",), "mlp.down_proj.bias")
     return spec
+
+
+def ffn_spec(config: Config) -> Params:
+    """The leaves of a feed-forward layer for all tokens."""
+    D, F = config.width, config.ffn
+    spec = {
+        "gate_up": Leaf((2 * F, D), ("ffn", "embed"),
+                        "mlp.gate_proj.weight + mlp.up_proj.weight", "mlp.gate_up_proj.weight"),
+        "down": Leaf((D, F), ("embed", "ffn"), "mlp.down_proj.weight"),
+    }
+    if config.ffn_bias:
+        spec["gate_up_bias"] = Leaf((2 * F,), ("ffn",), "mlp.gate_proj.bias + mlp.up_proj.bias", exact=True)
+        spec["down_bias"] = Leaf((D,), ("embed",), "mlp.down_proj.bias", exact=True)
+    return spec
+
+
+def experts_spec(config: Config) -> Params:
+    """The leaves of a routed layer. The router is exact: rounding that takes another expert is no rounding."""
+    D, F, E = config.width, config.expert_ffn, config.experts
+    of_each = lambda *parts: " + ".join(part.format(e) for e in range(E) for part in parts)
+    return {
+        "router": Leaf((E, D), ("expert", "embed"), "mlp.gate.weight", "block_sparse_moe.gate.weight", exact=True),
+        "gate_up": Leaf((E, 2 * F, D), ("expert", "ffn", "embed"),
+                        of_each("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+                        of_each("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight")),
+        "down": Leaf((E, D, F), ("expert", "embed", "ffn"),
+                     of_each("mlp.experts.{}.down_proj.weight"), of_each("block_sparse_moe.experts.{}.w2.weight")),
+    }
 
 
 def embed(config: Config, params: Params, run: Run) -> jax.Array:
@@ -152,7 +183,7 @@ def block(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: jax.
     y_TD = norm(config, params, "before_attention", x_TD)
     y_TD, pages = attention(config, layer, params, pages, y_TD, run)
     x_TD = x_TD + norm(config, params, "after_attention", y_TD) * config.residual_scale
-    y_TD = ffn(config, params, norm(config, params, "before_ffn", x_TD))
+    y_TD = (experts if layer.routed else ffn)(config, params, norm(config, params, "before_ffn", x_TD), run)
     return x_TD + norm(config, params, "after_ffn", y_TD) * config.residual_scale, pages
 
 
@@ -174,10 +205,17 @@ def attention(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: 
     return linear(params, "out", y_TNH.reshape(T, N * H)), pages
 
 
-def ffn(config: Config, params: Params, x_TD: jax.Array) -> jax.Array:
+def ffn(config: Config, params: Params, x_TD: jax.Array, run: Run) -> jax.Array:
     """The gated feed-forward layer: down(activation(gate) * up)."""
     gate_TF, up_TF = jnp.split(linear(params, "gate_up", x_TD), 2, axis=1)
     return linear(params, "down", ACTIVATIONS[config.activation](gate_TF) * up_TF)
+
+
+def experts(config: Config, params: Params, x_TD: jax.Array, run: Run) -> jax.Array:
+    """The routed feed-forward layer: of many such layers a few, which the token's router chooses and weighs."""
+    expert_TA, weight_TA = route(x_TD, params["router"], run.valid_T, count=config.experts_per_token,
+                                 renormalise=config.renormalise)
+    return routed_ffn(x_TD, expert_TA, weight_TA, params["gate_up"], params["down"], ACTIVATIONS[config.activation])
 
 
 def final(config: Config, params: Params, x_TD: jax.Array) -> jax.Array:

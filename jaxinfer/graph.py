@@ -21,8 +21,9 @@ State = dict[str, list["Pages"]]  # state group -> one entry per layer of that g
 class Leaf:
     """One weight, said once: shape, logical axes, names in checkpoints, and the fix-up from file to array.
 
-    `names` are alternatives, tried in order; "a + b" concatenates a and b along axis 0. `transpose` swaps the two
-    axes of a tensor that the file stores as `[in, out]`. A leaf with `exact=True` keeps float32 in every dtype
+    `names` are alternatives, tried in order; "a + b" concatenates a and b along axis 0. A leaf of three axes may be
+    joined of matrices: in the file its first two axes are then one. `transpose` swaps the two axes of a tensor that
+    the file stores as `[in, out]`. A leaf with `exact=True` keeps float32 in every dtype
     (norms and biases: they are tiny, and rounding them costs accuracy for nothing).
 
     >>> Leaf((96, 64), ("ffn", "embed"), "mlp.up_proj.weight").alternatives

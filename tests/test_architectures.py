@@ -16,6 +16,7 @@ SHAPE = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_lay
              num_key_value_heads=2, max_position_embeddings=256)
 LLAMA = SHAPE | dict(model_type="llama", architectures=["LlamaForCausalLM"], rope_theta=900.0)
 GEMMA3 = SHAPE | dict(model_type="gemma3_text", head_dim=16, sliding_window=24)
+MIXTRAL, QWEN3_MOE = SHAPE | dict(model_type="mixtral"), SHAPE | dict(model_type="qwen3_moe")
 GPT2 = dict(model_type="gpt2", vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=256)
 
 
@@ -81,6 +82,11 @@ def test_a_value_that_llama_does_not_know_is_refused(bad, key):
     (SHAPE | dict(model_type="qwen2", layer_types=["sliding_attention"] * 4), "wants a sliding_window"),
     (SHAPE | dict(model_type="smollm3", no_rope_layers=[1, 0]), "no_rope_layers: .* is not a list of 4"),
     (SHAPE | dict(model_type="phi3", attention_bias=True), "attention_bias: True is not supported, only False is"),
+    (MIXTRAL | dict(num_experts_per_tok=9), "num_experts_per_tok: 9 is more than there are experts, 8"),
+    (QWEN3_MOE | dict(mlp_only_layers=[4]), r"mlp_only_layers: \[4\] is not a list of layers from 0 to 3"),
+    (QWEN3_MOE | dict(mlp_only_layers=1), "mlp_only_layers: 1 is not a list"),
+    (QWEN3_MOE | dict(norm_topk_prob=1), "norm_topk_prob: 1 is not true or false"),
+    (QWEN3_MOE | dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size: unknown key"),
     (GPT2 | dict(add_cross_attention=True), "add_cross_attention"),
     (GPT2 | dict(n_head=5), "n_head: 5 does not divide n_embd, 48"),
 ])
@@ -134,6 +140,17 @@ def test_gemma_3_has_the_same_two_ropes_and_windows_in_both_spellings():
     assert architecture(old).graph().blocks[0].kind != architecture(old).graph().blocks[1].kind
 
 
+def test_which_layers_are_routed_and_how_many_experts_goes_by_two_names():
+    routed = lambda config: [layer.routed for layer in architecture(config).config.layers]
+    assert routed(MIXTRAL) == routed(QWEN3_MOE) == routed(QWEN3_MOE | dict(mlp_only_layers=None)) == [True] * 4
+    assert routed(QWEN3_MOE | dict(decoder_sparse_step=2, mlp_only_layers=[0, 1])) == [False, False, False, True]
+    for name in ("num_experts", "num_local_experts"):
+        assert architecture(QWEN3_MOE | {name: 16}).config.experts == 16
+    config = architecture(QWEN3_MOE | dict(mlp_only_layers=[1])).config
+    dense, experts = (decoder.build(config).spec["blocks"][i] for i in (1, 2))
+    assert dense["down"].shape == (48, 80) and experts["down"].shape == (128, 48, 768)
+
+
 def test_the_keys_of_published_configs_are_understood():
     """Keys that families' files on the hub carry beside what transformers writes today."""
     architecture(LLAMA | {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {},
@@ -143,6 +160,8 @@ def test_the_keys_of_published_configs_are_understood():
     architecture(SHAPE | dict(model_type="qwen2", use_mrope=False, max_window_layers=21, use_sliding_window=False))
     architecture(SHAPE | dict(model_type="phi3", full_attn_mod=1, interpolate_factor=1, lm_head_bias=False,
                               mlp_bias=False, attention_bias=False, partial_rotary_factor=0.5, embd_pdrop=0.0))
+    architecture(QWEN3_MOE | dict(num_experts=128, max_window_layers=48, sliding_window=None, router_aux_loss_coef=0.1,
+                                  output_router_logits=False, use_sliding_window=False, rope_scaling=None))
     architecture(GPT2 | dict(n_ctx=256, task_specific_params={}, summary_type="cls_index", resid_pdrop=0.1))
 
 

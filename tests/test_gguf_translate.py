@@ -4,15 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+from gguf.quants import dequantize, quantize
 
 from jaxinfer.errors import CorruptFile, UnsupportedModel
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
 from jaxinfer.frontend.gguf_translate import FAMILIES
-from tests.gguf_files import write_gguf
+from jaxinfer.frontend.weights import load_params
+from tests.gguf_files import Blocks, write_gguf
 
-D, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, VOCAB = 16, 4, 2, 4, 24, 2, 32
+D, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, VOCAB, EXPERTS = 16, 4, 2, 4, 24, 2, 32, 3
 PERMUTED = {"llama", "granite", "smollm3"}  # the families whose converter derives from LlamaModel
 
 
@@ -28,6 +30,8 @@ def metadata(family: str, **changes) -> dict:
         values |= {"attention.scale": 0.0078125, "embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 16.0}
     if family == "gemma3":
         values["attention.sliding_window"] = 8
+    if family == "qwen3moe":
+        values |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": 8}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return {"general.architecture": family} | {
         f"{family}.{key}": value for key, value in values.items() if value is not None}
@@ -64,7 +68,8 @@ def test_names_are_the_ones_that_the_gguf_package_maps_back(family):
     for gguf, hugging_face in block.outer.items():
         if (family, gguf) != ("gemma2", "output"):  # it is always tied, which the package knows
             assert names.get_name(hugging_face) == gguf
-    for gguf, hugging_face in block.block.items():
+    for gguf, hugging_face in {**block.block, **block.experts}.items():
+        hugging_face = hugging_face.replace(".{}", "")  # the converter has stacked them before it asks
         assert names.get_name(f"{block.layers}1.{hugging_face}") == f"blk.1.{gguf}"
 
 
@@ -162,6 +167,46 @@ def test_a_phi3_with_a_window_of_zero_has_none(tmp_path):
     assert config["sliding_window"] is None
 
 
+# Experts.
+
+
+def expert_tensors(ffn: int) -> dict[str, np.ndarray | Blocks]:
+    """A router and stacked experts for each layer; the matrices down are in blocks."""
+    rng, made = np.random.default_rng(1), {}
+    for i in range(LAYERS):
+        made[f"blk.{i}.ffn_gate_inp.weight"] = rng.random((EXPERTS, D), np.float32)
+        for part in ("gate", "up"):
+            made[f"blk.{i}.ffn_{part}_exps.weight"] = rng.random((EXPERTS, ffn, D), np.float32)
+        blocks = quantize(rng.random((EXPERTS, D, ffn), np.float32), GGMLQuantizationType.Q8_0)
+        made[f"blk.{i}.ffn_down_exps.weight"] = Blocks(blocks, "Q8_0")
+    return made
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "mixtral"), ("qwen3moe", "qwen3_moe")])
+def test_a_stack_of_experts_is_a_leaf_of_the_graph_again(tmp_path, family, kind):
+    experts = expert_tensors(ffn := 32)
+    meta = metadata(family, expert_count=EXPERTS, expert_used_count=2, feed_forward_length=ffn)
+    if family == "qwen3moe":
+        meta["qwen3moe.expert_feed_forward_length"] = ffn
+    weights = {name: tensor for name, tensor in tensors(family).items() if "ffn_" not in name or "norm" in name}
+    checkpoint = opened(tmp_path, meta, weights | experts)
+    assert checkpoint.config["model_type"] == kind
+    model = architecture(checkpoint.config)
+    assert (model.config.experts, model.config.experts_per_token, model.config.renormalise) == (EXPERTS, 2, True)
+    assert all(layer.routed for layer in model.config.layers)
+    layer = load_params(model.graph(), checkpoint.tensors, dtype="float32", source="here")["blocks"][1]
+    stored = lambda name: experts[f"blk.1.ffn_{name}.weight"]
+    np.testing.assert_array_equal(layer["router"], stored("gate_inp"))
+    np.testing.assert_array_equal(layer["gate_up"], np.concatenate([stored("gate_exps"), stored("up_exps")], axis=1))
+    np.testing.assert_array_equal(layer["down"], dequantize(stored("down_exps").data, GGMLQuantizationType.Q8_0))
+
+
+def test_experts_that_are_not_stacked_are_corrupt(tmp_path):
+    flat = {"blk.0.ffn_gate_exps.weight": np.ones((4, D), np.float32)}
+    with pytest.raises(CorruptFile, match=r"ffn_gate_exps.weight' of shape \(4, 16\) is not a matrix for each expert"):
+        opened(tmp_path, metadata("llama", expert_count=2, expert_used_count=1), tensors("llama") | flat)
+
+
 # Rotary positions.
 
 
@@ -232,8 +277,8 @@ def test_every_token_that_ends_a_turn_ends_the_sequence(tmp_path):
 
 
 def test_what_is_not_understood_is_named_all_at_once(tmp_path):
-    with pytest.raises(UnsupportedModel, match=r"(?s)2 metadata keys.*llama\.expert_count is 8.*llama\.strange is 1"):
-        opened(tmp_path, metadata("llama", expert_count=8, strange=1), tensors("llama"))
+    with pytest.raises(UnsupportedModel, match=r"(?s)2 metadata keys.*qwen3\.expert_count is 8.*qwen3\.strange is 1"):
+        opened(tmp_path, metadata("qwen3", expert_count=8, strange=1), tensors("qwen3"))
     surplus = {"blk.0.strange.weight": np.ones(1, np.float32), "v.blk.0.weight": np.ones(1, np.float32)}
     with pytest.raises(UnsupportedModel, match=r"2 tensors have no place in llama.*blk\.0\.strange\.weight"):
         opened(tmp_path, metadata("llama"), tensors("llama") | surplus)

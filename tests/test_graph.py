@@ -104,7 +104,7 @@ class Reader:
     @cached_property
     def params(self):
         rng = np.random.default_rng(0)
-        draw = lambda leaf: rng.normal(size=leaf.shape) * (1.4 / leaf.shape[1] ** 0.5 if len(leaf.shape) > 1 else 1)
+        draw = lambda leaf: rng.normal(size=leaf.shape) * (1.4 / leaf.shape[-1] ** 0.5 if len(leaf.shape) > 1 else 1)
         array = lambda leaf: jnp.asarray(draw(leaf), "float32" if leaf.exact else self.dtype)
         return jax.tree.map(array, self.graph.spec, is_leaf=lambda x: isinstance(x, Leaf))
 
@@ -157,10 +157,10 @@ class Reader:
 WINDOWED = {**tiny.WINDOWED, "sliding_window": 7}
 READERS = [Reader(architecture(config).graph(), dtype, T, R) for config, dtype, T, R in (
     (tiny.PLAIN, "float32", 16, 16), (tiny.PLAIN, "bfloat16", 24, 5), (WINDOWED, "float32", 17, 3),
-    (WINDOWED, "bfloat16", 32, 32))]
+    (WINDOWED, "bfloat16", 32, 32), (tiny.ROUTED, "float32", 24, 4), (tiny.ROUTED, "bfloat16", 16, 16))]
 
 
-@pytest.mark.parametrize("reader", READERS, ids=lambda r: f"{r.graph.groups[-1].name}-{r.dtype}-T{r.T}-R{r.R}")
+@pytest.mark.parametrize("reader", READERS, ids=lambda r: f"{r.graph.blocks[-1].kind}-{r.dtype}-T{r.T}-R{r.R}")
 @given(data=st.data())
 def test_in_one_fixed_shape_neighbours_and_chunks_change_no_bit(reader, data):
     """Promise 2's batch-invariant mode: what it needs is one run shape and attention by page."""

@@ -30,7 +30,8 @@ def v5e():
     jax.config.update("jax_enable_compilation_cache", True)
 
 
-@pytest.mark.parametrize("config", [tiny.PLAIN, tiny.WINDOWED, SMOLLM2], ids=["plain", "windowed", "smollm2"])
+@pytest.mark.parametrize("config", [tiny.PLAIN, tiny.WINDOWED, tiny.ROUTED, SMOLLM2],
+                         ids=["plain", "windowed", "routed", "smollm2"])
 def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
     graph, dtype = architecture(config, max_context=1024).graph(), jnp.dtype(jnp.bfloat16)
     size = dict(dtype=dtype, max_context=1024, max_rows=8, chunk=512, budget=16 << 30, why="HBM")

@@ -50,6 +50,29 @@ def test_a_leaf_concatenates_the_tensors_that_its_name_joins():
     np.testing.assert_array_equal(load_params(spec, {"qk": Held(whole)}, dtype="float32", source="")["qkv"], whole)
 
 
+def test_a_leaf_of_three_axes_is_joined_of_matrices_or_taken_whole():
+    spec = graph(w=Leaf((2, 5, 4), ("e", "a", "b"), "0.gate + 0.up + 1.gate + 1.up", "all"))
+    parts = {f"{e}.{part}": numbers(rows, 4) + e for e in (0, 1) for part, rows in (("gate", 3), ("up", 2))}
+    for dtype in ("float32", "bfloat16"):
+        params = load_params(spec, {name: Held(part) for name, part in parts.items()}, dtype=dtype, source="here")
+        expected = [np.concatenate([parts[f"{e}.gate"], parts[f"{e}.up"]]) for e in (0, 1)]
+        np.testing.assert_array_equal(params["w"], np.stack(expected).astype(params["w"].dtype))
+    whole = numbers(2, 5, 4)
+    np.testing.assert_array_equal(load_params(spec, {"all": Held(whole)}, dtype="float32", source="")["w"], whole)
+    parts["1.up"] = numbers(1, 4)
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_params(spec, {name: Held(part) for name, part in parts.items()}, dtype="float32", source="here")
+    assert caught.value.problems == ["wrong shape: 0.gate + 0.up + 1.gate + 1.up has "
+                                     "(3, 4) + (2, 4) + (3, 4) + (1, 4), expected (10, 4)"]
+
+
+def test_of_many_tensors_that_are_missing_the_first_and_the_last_are_named():
+    spec = graph(w=Leaf((6, 5, 4), ("e", "a", "b"), " + ".join(f"{e}.w" for e in range(6))))
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_params(spec, {}, dtype="float32", source="here")
+    assert caught.value.problems == ["missing: 0.w + ... + 5.w (6 in all), part of a weight of shape (6, 5, 4)"]
+
+
 def test_a_transposed_leaf_is_swapped_tensor_by_tensor_before_it_is_joined():
     spec = graph(w=Leaf((5, 4), ("a", "b"), "x + y", transpose=True))
     x, y = numbers(4, 3), numbers(4, 2)

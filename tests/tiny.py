@@ -1,4 +1,4 @@
-"""Two tiny random checkpoints in Hugging Face layout, made without torch: one plain, one with windows."""
+"""Tiny random checkpoints in Hugging Face layout, made without torch: one plain, one with windows, one with experts."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,8 @@ COMMON = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_at
 PLAIN = {**COMMON, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
 WINDOWED = {**COMMON, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 3,
             "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}
+ROUTED = {**COMMON, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2,
+          "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [0]}
 
 
 def tokenizer() -> tokenizers.Tokenizer:
@@ -39,9 +41,11 @@ def write(directory: Path, config: dict, seed: int = 0) -> Path:
     rng, tensors = np.random.default_rng(seed), {}
     leaves = jax.tree.leaves(architecture(config).graph().spec, is_leaf=lambda x: isinstance(x, Leaf))
     for leaf in leaves:
-        scale = 0.3 if len(leaf.shape) == 1 else 1.4 / leaf.shape[1] ** 0.5
+        scale = 0.3 if len(leaf.shape) == 1 else 1.4 / leaf.shape[-1] ** 0.5
         whole = rng.normal(size=leaf.shape).astype(np.float32) * scale + (1 if len(leaf.shape) == 1 else 0)
-        sizes = _parts(leaf, config)
+        if len(leaf.shape) == 3:  # of all experts, each in tensors of its own
+            whole = whole.reshape(-1, leaf.shape[2])
+        sizes = _parts(leaf, config, len(whole))
         for name, part in zip(leaf.alternatives[0], np.split(whole, np.cumsum(sizes)[:-1]), strict=True):
             tensors[name] = np.ascontiguousarray(part)
     tensors["model.embed_tokens.weight"] *= 3
@@ -54,8 +58,8 @@ def write(directory: Path, config: dict, seed: int = 0) -> Path:
     return directory
 
 
-def _parts(leaf: Leaf, config: dict) -> list[int]:
+def _parts(leaf: Leaf, config: dict, rows: int) -> list[int]:
     if len(leaf.alternatives[0]) == 3:
         heads, kv = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
         return [heads, kv, kv]
-    return [leaf.shape[0] // len(leaf.alternatives[0])] * len(leaf.alternatives[0])
+    return [rows // len(leaf.alternatives[0])] * len(leaf.alternatives[0])

@@ -149,6 +149,21 @@ def _some_unturned(keys: Keys, count: int) -> tuple[Layer, ...]:
     return tuple(Layer(layer.window, 0 if turned[i] else None) for i, layer in enumerate(layers))
 
 
+def _windowed_and_routed(keys: Keys, count: int) -> tuple[Layer, ...]:
+    """Every layer looks through the window, where there is one, and is routed."""
+    return (Layer(keys.integer("sliding_window", None), routed=True),) * count
+
+
+def _some_routed(keys: Keys, count: int) -> tuple[Layer, ...]:
+    """Every `decoder_sparse_step`-th layer is routed, but for those in `mlp_only_layers`; a window is every layer's."""
+    window, step, dense = _window_in_use(keys), keys.integer("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or any(type(i) is not int or not 0 <= i < count for i in dense):
+        keys.problem("mlp_only_layers", f"{short(dense)} is not a list of layers from 0 to {count - 1}",
+                     "num_hidden_layers")
+        return ()
+    return tuple(Layer(window, routed=i not in dense and (i + 1) % step == 0) for i in range(count))
+
+
 def _window_in_use(keys: Keys) -> int | None:
     window = keys.integer("sliding_window", None)
     return window if keys.flag("use_sliding_window", False) else None
@@ -212,8 +227,28 @@ def _no_attention_cap(keys: Keys) -> dict[str, Any]:
     return {}
 
 
+def _experts(keys: Keys) -> dict[str, Any]:
+    """How many experts a layer has goes by either of two names; families default the second."""
+    experts = keys.integer("num_experts", keys.integer("num_local_experts"))
+    chosen = keys.integer("num_experts_per_tok")
+    if chosen > experts:
+        keys.problem("num_experts_per_tok", f"{chosen} is more than there are experts, {experts}", "num_experts",
+                     "num_local_experts", "num_experts_per_tok")
+    return {"experts": experts, "experts_per_token": chosen}
+
+
+def _wide_experts(keys: Keys) -> dict[str, Any]:
+    return _experts(keys) | {"expert_ffn": keys.integer("intermediate_size")}
+
+
+def _narrow_experts(keys: Keys) -> dict[str, Any]:
+    return _experts(keys) | {"expert_ffn": keys.integer("moe_intermediate_size"),
+                             "renormalise": keys.flag("norm_topk_prob", False)}
+
+
 GEMMA = {"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096}
 GEMMA_NORMS = {"norm": "both", "norm_offset": 1.0}
+ROUTER_TRAINING = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
 DECODERS = {
     "llama": Family(reads=(_attention_bias, _ffn_bias)),
     "mistral": Family(
@@ -222,6 +257,15 @@ DECODERS = {
     "qwen3": Family(
         defaults={"sliding_window": 4096, "head_dim": 128}, implies={"qk_norm": "head"}, reads=(_attention_bias,),
         layers=_late_windows),
+    "mixtral": Family(
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "num_local_experts": 8,
+                  "num_experts_per_tok": 2},
+        reads=(_no_bias, _wide_experts), layers=_windowed_and_routed, harmless=ROUTER_TRAINING),
+    "qwen3_moe": Family(
+        defaults={"sliding_window": 4096, "num_key_value_heads": 4, "num_local_experts": 128, "num_experts_per_tok": 8,
+                  "moe_intermediate_size": 768},
+        implies={"qk_norm": "head"}, reads=(_attention_bias, _narrow_experts), layers=_some_routed,
+        harmless=ROUTER_TRAINING | {"max_window_layers"}),
     "phi3": Family(
         defaults={"rms_norm_eps": 1e-5}, reads=(_no_bias, _plain_attention), layers=_windowed, ropes=part_rope),
     "gemma2": Family(

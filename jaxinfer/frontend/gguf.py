@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,13 @@ class Quantised:
     def read(self) -> np.ndarray:
         data = np.ndarray((self.nbytes,), np.uint8, buffer=self.buffer, offset=self.offset)
         return dequantize(data, self.format).reshape(self.shape)
+
+
+def unstack(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor of this file stacks along its first axis, none of them read."""
+    assert isinstance(tensor, Mapped | Quantised)
+    size, shape = tensor.nbytes // tensor.shape[0], tensor.shape[1:]
+    return [replace(tensor, offset=tensor.offset + i * size, shape=shape) for i in range(tensor.shape[0])]
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -138,9 +138,17 @@ def _rope_factors(keys: Metadata, tensors: Mapping[str, Tensor], name: str, turn
 
 def llama(keys: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     config: dict[str, Any] = _decoder(keys, tensors, ("attention_bias", "mlp_bias")) | {"hidden_act": "silu"}
-    if window := keys.count("attention.sliding_window", 0, least=0):
+    window = keys.count("attention.sliding_window", 0, least=0)
+    if keys.count("expert_count", 0, least=0):
+        return config | _experts(keys) | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
+                                          "sliding_window": window or None}
+    if window:
         return config | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
     return config
+
+
+def _experts(keys: Metadata) -> dict[str, Any]:
+    return {"num_local_experts": keys.count("expert_count"), "num_experts_per_tok": keys.count("expert_used_count")}
 
 
 def qwen2(keys: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -149,6 +157,13 @@ def qwen2(keys: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def qwen3(keys: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return _decoder(keys, tensors, ("attention_bias",)) | {"hidden_act": "silu"}
+
+
+def qwen3moe(keys: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Which layers are routed and how experts are weighed is not stored: as in llama.cpp, all, and to a sum of one."""
+    return _decoder(keys, tensors, ("attention_bias",)) | _experts(keys) | {
+        "hidden_act": "silu", "moe_intermediate_size": keys.count("expert_feed_forward_length"),
+        "norm_topk_prob": True}
 
 
 def phi3(keys: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

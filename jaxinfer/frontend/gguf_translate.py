@@ -16,6 +16,7 @@ import numpy as np
 from jaxinfer.errors import CorruptFile, UnsupportedModel
 from jaxinfer.frontend import gguf_config
 from jaxinfer.frontend.files import Tensor
+from jaxinfer.frontend.gguf import unstack
 from jaxinfer.frontend.gguf_config import ROPE_FACTORS, Metadata
 
 END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"}
@@ -25,13 +26,15 @@ CONTROL = 3  # tokenizer.ggml.token_type
 @dataclass(frozen=True)
 class Family:
     """One architecture: its `model_type` and causal class, what `config` keys it has of its own, and its tensors:
-    `outer` and `block` map GGUF's names (less `.weight`, less `blk.N.`) to Hugging Face's."""
+    `outer` and `block` map GGUF's names (less `.weight`, less `blk.N.`) to Hugging Face's; so do `experts`, for which
+    a name with `{}` stands for a tensor of each expert, of which GGUF makes one."""
 
     model_type: str
     causal: str
     block: Mapping[str, str]
     config: Callable[[Metadata, Mapping[str, Tensor]], dict[str, Any]]
     outer: Mapping[str, str] = field(default_factory=lambda: OUTER)
+    experts: Mapping[str, str] = field(default_factory=dict)
     layers: str = "model.layers."
     permuted: bool = False  # rows of Q and K are interleaved
     transposed: tuple[str, ...] = ()  # stored [in, out] by Hugging Face
@@ -98,14 +101,20 @@ def _translate_tensors(
     for name, tensor in tensors.items():
         stem, _, part = name.rpartition(".")
         layer = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
-        known = family.block.get(layer[2]) if layer else family.outer.get(stem)
+        known = {**family.block, **family.experts}.get(layer[2]) if layer else family.outer.get(stem)
         if name in ROPE_FACTORS:
             continue
         if known is None or part not in ("weight", "bias"):
             unknown.append(name)
             continue
         prefix = f"{family.layers}{int(layer[1])}." if layer else ""
-        named[f"{prefix}{known}.{part}"] = _fixed(family, config, name, tensor, source)
+        if "{}" not in known:
+            named[f"{prefix}{known}.{part}"] = _fixed(family, config, name, tensor, source)
+            continue
+        if len(tensor.shape) != 3:
+            raise CorruptFile(f"{source}: tensor {name!r} of shape {tensor.shape} is not a matrix for each expert")
+        for e, expert in enumerate(unstack(tensor)):
+            named[f"{prefix}{known.format(e)}.{part}"] = expert
     if unknown:
         raise UnsupportedModel(f"{source}: {len(unknown)} tensors have no place in {family.model_type}; nothing was "
                                f"loaded: {', '.join(unknown[:8])}{', ...' if len(unknown) > 8 else ''}")
@@ -165,6 +174,16 @@ AFTER_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm
 GEMMA2 = {**LLAMA, **AFTER_NORMS, "ffn_norm": "pre_feedforward_layernorm"}
 OLMO2 = {**LLAMA, **AFTER_NORMS, **HEAD_NORMS}
 del OLMO2["attn_norm"], OLMO2["ffn_norm"]
+QWEN3 = {**LLAMA, **HEAD_NORMS}
+ROUTED = {name: part for name, part in QWEN3.items() if name not in ("ffn_gate", "ffn_up", "ffn_down")}
+MIXTRAL_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3", "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}  # fmt: skip
+QWEN3_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate", "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj", "ffn_down_exps": "mlp.experts.{}.down_proj",
+}  # fmt: skip
 PHI3 = {**LLAMA, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 del PHI3["attn_q"], PHI3["attn_k"], PHI3["attn_v"], PHI3["ffn_gate"]
 GPT2 = {
@@ -175,15 +194,16 @@ GPT2_OUTER = {"token_embd": "transformer.wte", "position_embd": "transformer.wpe
               "output": "lm_head"}
 
 FAMILIES = {
-    "llama": Family("llama", "LlamaForCausalLM", LLAMA, gguf_config.llama, permuted=True),
+    "llama": Family("llama", "LlamaForCausalLM", LLAMA, gguf_config.llama, experts=MIXTRAL_EXPERTS, permuted=True),
     "granite": Family("granite", "GraniteForCausalLM", LLAMA, gguf_config.granite, permuted=True),
     "smollm3": Family("smollm3", "SmolLM3ForCausalLM", LLAMA, gguf_config.smollm3, permuted=True),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", LLAMA, gguf_config.qwen2),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", {**LLAMA, **HEAD_NORMS}, gguf_config.qwen3),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", QWEN3, gguf_config.qwen3),
+    "qwen3moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", ROUTED, gguf_config.qwen3moe, experts=QWEN3_EXPERTS),
     "phi3": Family("phi3", "Phi3ForCausalLM", PHI3, gguf_config.phi3),
     "gemma2": Family("gemma2", "Gemma2ForCausalLM", GEMMA2, gguf_config.gemma2, norm_offset=1.0),
     "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", {**GEMMA2, **HEAD_NORMS}, gguf_config.gemma3, norm_offset=1.0),
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", OLMO2, gguf_config.olmo2),
-    "gpt2": Family("gpt2", "GPT2LMHeadModel", GPT2, gguf_config.gpt2, GPT2_OUTER, "transformer.h.",
+    "gpt2": Family("gpt2", "GPT2LMHeadModel", GPT2, gguf_config.gpt2, GPT2_OUTER, layers="transformer.h.",
                    transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down")),
 }

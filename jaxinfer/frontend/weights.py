@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from typing import Any
@@ -81,16 +81,29 @@ def _matched(graph: Graph | Encoder, leaves: list[Leaf], tensors: Mapping[str, T
 
 def _wanted(leaf: Leaf, tensors: Mapping[str, Tensor]) -> str:
     """What a missing leaf was looked for under, and which parts of it are absent."""
-    absent = [" + ".join(name for name in names if name not in tensors) for names in leaf.alternatives]
+    absent = [_joined([name for name in names if name not in tensors]) for names in leaf.alternatives]
     shape = leaf.shape[::-1] if leaf.transpose else leaf.shape
     whole = f"part of a weight of shape {shape}" if len(leaf.alternatives[0]) > 1 else f"shape {shape}"
     return " (or ".join(absent) + ")" * (len(absent) - 1) + f", {whole}"
 
 
+def _joined(parts: Sequence[Any]) -> str:
+    """A leaf's parts as its name says them; of the many tensors of a layer's experts, the first and the last."""
+    shown = parts if len(parts) <= 4 else (parts[0], "...", f"{parts[-1]} ({len(parts)} in all)")
+    return " + ".join(map(str, shown))
+
+
+def _stored(leaf: Leaf, tensor: Tensor) -> tuple[int, ...]:
+    """The shape that a leaf's tensors have together, if they are like this one."""
+    if len(leaf.shape) == 3 and len(tensor.shape) == 2:
+        return leaf.shape[0] * leaf.shape[1], leaf.shape[2]
+    return leaf.shape[::-1] if leaf.transpose else leaf.shape
+
+
 def _misfit(leaf: Leaf, names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the shapes or the dtypes of a leaf's tensors, if anything."""
     shapes = [tuple(tensors[name].shape) for name in names]
-    label, expected = " + ".join(names), leaf.shape[::-1] if leaf.transpose else leaf.shape
+    expected = _stored(leaf, tensors[names[0]])
     for name in names:
         if not jnp.issubdtype(tensors[name].dtype, jnp.floating):
             return f"wrong dtype: {name} holds {tensors[name].dtype}, expected floating-point numbers"
@@ -98,7 +111,7 @@ def _misfit(leaf: Leaf, names: tuple[str, ...], tensors: Mapping[str, Tensor]) -
     fits = all(len(shape) == len(expected) for shape in shapes) and all(
         sum(shape[d] for shape in shapes) == size if d == axis else all(shape[d] == size for shape in shapes)
         for d, size in enumerate(expected))
-    return None if fits else f"wrong shape: {label} has {' + '.join(map(str, shapes))}, expected {expected}"
+    return None if fits else f"wrong shape: {_joined(names)} has {_joined(shapes)}, expected {expected}"
 
 
 def assemble(leaf: Leaf, tensors: list[Tensor], dtype: np.dtype) -> np.ndarray:
@@ -107,12 +120,13 @@ def assemble(leaf: Leaf, tensors: list[Tensor], dtype: np.dtype) -> np.ndarray:
     What changes is written once, into memory aligned so that the CPU's `device_put` takes it over without a copy.
     """
     if len(tensors) == 1 and not leaf.transpose and tensors[0].dtype == dtype:
-        return tensors[0].read()
+        return tensors[0].read().reshape(leaf.shape)
     out, row = aligned(leaf.shape, dtype), 0
+    rows = out.reshape(-1, *leaf.shape[2:]) if len(tensors[0].shape) < len(leaf.shape) else out
     for tensor in tensors:
         array = tensor.read()
         array = array.T if leaf.transpose else array
-        cast_into(out[row : row + len(array)], array)
+        cast_into(rows[row : row + len(array)], array)
         row += len(array)
     return out
 

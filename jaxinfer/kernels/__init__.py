@@ -12,11 +12,12 @@ from jaxinfer.kernels.edits import (
     sample_edited,
 )
 from jaxinfer.kernels.logprobs import TOP, Logprobs, logprobs, prompt_logprobs
+from jaxinfer.kernels.moe import route, routed_ffn
 from jaxinfer.kernels.op import Op, tracing
 from jaxinfer.kernels.sampling import sample, sample_greedy
 
 __all__ = [
     "BIASES", "TOP", "Context", "Edits", "Logprobs", "Op", "attend", "begin_history", "check_logits_function",
     "chunks", "copy", "edit_logits", "init_pages", "layer_norm", "logprobs", "matmul", "prompt_logprobs", "rms_norm",
-    "rope", "sample", "sample_edited", "sample_greedy", "tracing",
+    "rope", "route", "routed_ffn", "sample", "sample_edited", "sample_greedy", "tracing",
 ]

@@ -73,6 +73,7 @@ IDLE = {  # keys that change nothing in one family's config, and why; each is he
        if family not in ("llama-dynamic", "phi3-longrope")},
     **{(family, f"rope_parameters.beta_{end}"): "both values round to the same pair; llama-yarn-scaled does not round"
        for family in ("llama-yarn", "llama-yarn-mscale") for end in ("fast", "slow")},
+    ("qwen3-moe-renormalised", "mlp_only_layers"): "an empty list",
     ("phi3", "original_max_position_embeddings"): "nothing is scaled",
     ("phi3-longrope", "rope_parameters.original_max_position_embeddings"): "the outer key has precedence",
     ("phi3-longrope", "rope_parameters.short_factor"): "the context is long",
@@ -118,7 +119,8 @@ FLIPS = [(family, ".".join(path)) for family, make_config in FAMILIES.items()
 
 def error(model, graph, params) -> float:
     """How far our logits for the first prompt are from transformers', at most."""
-    with tracing("cpu", {"attend": "reference"}), jax.disable_jit():  # op by op: no compile for each of 250 models
+    ways = {"attend": "reference", "routed_ffn": "reference"}
+    with tracing("cpu", ways), jax.disable_jit():  # op by op: no compile for each of 250 models
         said = Rows(graph, params, 1, MAX_CONTEXT).step(PROMPTS[:1])
     return np.abs(said[0] - logits(model, PROMPTS[0])[-1].numpy()).max()
 

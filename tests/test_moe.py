@@ -1,0 +1,170 @@
+"""The routed feed-forward layer equals plain float64 numpy in every implementation, whatever the router does."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxinfer as ji
+from jaxinfer.kernels import moe, route, routed_ffn, tracing
+from tests import tiny
+from tests.strategies import SEEDS
+
+E, A, D, F = 5, 2, 16, 24
+WAYS = ["blocks", "chunks", "reference"]
+SHAPES = [1, 40]  # tokens: one, more than a block
+
+
+@cache
+def compiled(how: str, dtype: str):
+    def step(*args):
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            return routed_ffn(*args, jax.nn.silu, how=how)
+
+    return jax.jit(step)
+
+
+@cache
+def weights(dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of all experts, rounded to `dtype`."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: np.asarray(jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, dtype))
+    return draw(E, 2 * F, D), draw(E, D, F)
+
+
+@st.composite
+def routings(draw, T: int) -> np.ndarray:
+    """The experts of each token: any, all tokens to the same ones, or nobody (padding) from some token on."""
+    rng = np.random.default_rng(draw(SEEDS))
+    expert_TA = np.stack([rng.permutation(E)[:A] for _ in range(T)]).astype(np.int32)
+    if draw(st.booleans()):
+        expert_TA[:] = expert_TA[0]
+    expert_TA[draw(st.integers(0, T)):] = E
+    return expert_TA
+
+
+def numbers(T: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(T, D)).astype(np.float32), rng.random((T, A)).astype(np.float32)
+
+
+def plain(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, round_to=np.float32) -> np.ndarray:
+    """Token by token, expert by expert, in float64."""
+    y_TD = np.zeros(x_TD.shape)
+    rounded = lambda a: np.asarray(jnp.asarray(a, round_to), np.float64)
+    for t, a in zip(*np.nonzero(expert_TA < E), strict=True):
+        gate, up = np.split(np.float64(gate_up_EOD[expert_TA[t, a]]) @ rounded(x_TD[t]), 2)
+        y_TD[t] += weight_TA[t, a] * np.float64(down_EDF[expert_TA[t, a]]) @ rounded(gate / (1 + np.exp(-gate)) * up)
+    return y_TD
+
+
+@pytest.mark.parametrize("T", SHAPES)
+@pytest.mark.parametrize("how", WAYS)
+@given(data=st.data())
+def test_every_way_asks_the_experts_chosen_and_no_other(how, T, data):
+    dtype = data.draw(st.sampled_from(["float32", "bfloat16"]))
+    (x, weight), expert = numbers(T, data.draw(SEEDS)), data.draw(routings(T))
+    x[(expert == E).all(1)] = weight[(expert == E).all(1)] = np.nan
+    broken = [w.copy() for w in weights(dtype)]
+    for w in broken:
+        w[np.setdiff1d(np.arange(E), expert)] = np.nan
+    found = np.asarray(compiled(how, dtype)(x, expert, weight, *broken))
+    expected = plain(np.nan_to_num(x), expert, np.nan_to_num(weight), *weights(dtype), dtype)
+    np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == "float32" else 0.02)
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@given(data=st.data())
+def test_neighbours_change_no_bit_of_a_tokens_result(how, dtype, data):
+    """In one shape. A token's neighbours are others, in other places, with other experts, and NaN."""
+    T = 40
+    (x, weight), expert = numbers(T, data.draw(SEEDS)), data.draw(routings(T))
+    (others, other_weight), other_expert = numbers(T, data.draw(SEEDS)), data.draw(routings(T))
+    at, to = data.draw(st.integers(0, T - 1)), data.draw(st.integers(0, T - 1))
+    others[data.draw(st.integers(0, T - 1))] = np.nan
+    for there, here in ((others, x), (other_weight, weight), (other_expert, expert)):
+        there[to] = here[at]
+    ask = compiled(how, dtype)
+    alone = np.asarray(ask(x, expert, weight, *weights(dtype)))[at]
+    np.testing.assert_array_equal(np.asarray(ask(others, other_expert, other_weight, *weights(dtype)))[to], alone)
+    assert np.isfinite(alone).all()
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(data=st.data())
+def test_the_grouped_matmul_of_tpus_does_in_interpret_mode_what_the_reference_does(data):
+    T = 40
+    (x, weight), expert = numbers(T, data.draw(SEEDS)), data.draw(routings(T))
+    x[(expert == E).all(1)] = np.nan
+    args = x, expert, weight, *weights("float32")
+    found = interpreted()(*args)
+    np.testing.assert_allclose(found, compiled("reference", "float32")(*args), atol=1e-5)
+
+
+@cache
+def interpreted():
+    return jax.jit(partial(moe.routed_ffn_grouped, activation=jax.nn.silu, interpret=True))
+
+
+def test_tokens_are_all_asked_about_when_chunks_do_not_divide_them(monkeypatch):
+    monkeypatch.setattr(moe, "CHUNK", 16)
+    args = (*numbers(40, 0), *weights("float32"))
+    expert = np.random.default_rng(0).integers(0, E - 1, (40, 1)) + np.arange(A)
+    found = moe.routed_ffn_chunks(args[0], expert, args[1], *map(jnp.asarray, args[2:]), jax.nn.silu)
+    np.testing.assert_allclose(found, plain(args[0], expert, *args[1:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@given(seed=SEEDS, real=st.integers(0, 7))
+def test_a_router_takes_the_likeliest_experts_and_padding_takes_none(renormalise, seed, real):
+    rng = np.random.default_rng(seed)
+    x, router = rng.normal(size=(7, D)).astype(np.float32), rng.normal(size=(E, D)).astype(np.float32)
+    x[real:] = np.nan
+    expert_TA, weight_TA = map(np.asarray, jitted_route(x, router, np.arange(7) < real, renormalise))
+    logits = np.float64(x[:real]) @ router.T
+    share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_array_equal(expert_TA[:real], np.argsort(-share, axis=1)[:, :A])
+    chosen = np.take_along_axis(share, expert_TA[:real], 1)
+    np.testing.assert_allclose(weight_TA[:real], chosen / chosen.sum(1, keepdims=True) if renormalise else chosen,
+                               rtol=1e-4)
+    assert (expert_TA[real:] == E).all()
+
+
+@partial(jax.jit, static_argnums=3)
+def jitted_route(x_TD, router_ED, valid_T, renormalise):
+    return route(x_TD, router_ED, valid_T, count=A, renormalise=renormalise)
+
+
+def test_the_cpu_copies_one_experts_weights_and_not_all_of_them():
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+        ((4, 128), "float32"), ((4, 2), "int32"), ((4, 2), "float32"), ((64, 512, 128), "float32"),
+        ((64, 128, 256), "float32"))]
+    memory = compiled("blocks", "float32").lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 4 * (512 * 128 + 128 * 256)
+    assert routed_ffn.choice("cpu") == "blocks"
+
+
+@pytest.mark.parametrize(("tokens", "pairs", "experts", "rows"), [
+    (1, 8, 128, 1), (4, 8, 8, 4), (32, 256, 128, 8), (512, 4096, 128, 32), (512, 1024, 8, 128), (2048, 4096, 8, 128)])
+def test_a_block_has_the_rows_that_an_expert_has_on_average_within_limits(tokens, pairs, experts, rows):
+    assert moe.block_rows(tokens, pairs, experts) == rows
+
+
+def test_each_platform_has_a_way_of_its_own():
+    for platform, way in (("cpu", "blocks"), ("gpu", "chunks"), ("tpu", "grouped")):
+        with tracing(platform):
+            assert routed_ffn.choice() == way
+
+
+def test_a_model_with_experts_answers_alone_as_in_company_and_its_ledger_says_how(tmp_path):
+    with ji.load(tiny.write(tmp_path, tiny.ROUTED), max_context=64, max_rows=2, batch_invariant=True) as lm:
+        ask = dict(max_tokens=5, ignore_eos=True, logprobs=2, reuse=False)
+        together = lm.generate(["The sky is", "w1 w2 w3 w4 w5 w6 w7"], **ask)
+        assert [(o.tokens, o.logprobs) for o in (lm("The sky is", **ask), together[1])] == [
+            (o.tokens, o.logprobs) for o in together]
+        assert {entry.kernels.get("routed_ffn") for entry in lm.ledger} == {"blocks", None}
