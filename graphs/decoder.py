@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Params, Run, StateGroup
 from jaxinfer.graphs.rope import Rope, turns
-from jaxinfer.kernels import attend, matmul, rms_norm, rope
+from jaxinfer.kernels import attend, matmul, rms_norm, rope, split
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -114,10 +114,11 @@ def block_spec(config: Config) -> Params:
     spec = {
         "qkv": Leaf((q + 2 * kv, D), ("heads", "embed"),
                     "self_attn.q_proj.weight + self_attn.k_proj.weight + self_attn.v_proj.weight",
-                    "self_attn.qkv_proj.weight"),
+                    "self_attn.qkv_proj.weight", parts=(q, kv, kv)),
         "out": Leaf((D, q), ("embed", "heads"), "self_attn.o_proj.weight"),
         "gate_up": Leaf((2 * F, D), ("ffn", "embed"),
-                        "mlp.gate_proj.weight + mlp.up_proj.weight", "mlp.gate_up_proj.weight"),
+                        "mlp.gate_proj.weight + mlp.up_proj.weight", "mlp.gate_up_proj.weight",
+                        parts=(F, F)),
         "down": Leaf((D, F), ("embed", "ffn"), "mlp.down_proj.weight"),
     }
     if config.norm in ("pre", "both"):
@@ -133,11 +134,12 @@ def block_spec(config: Config) -> Params:
         spec["k_norm"] = vector((kv if full else H,), ("heads" if full else None,), "self_attn.k_norm.weight")
     if config.qkv_bias:
         spec["qkv_bias"] = vector((q + 2 * kv,), ("heads",),
-                                  "self_attn.q_proj.bias + self_attn.k_proj.bias + self_attn.v_proj.bias")
+                                  "self_attn.q_proj.bias + self_attn.k_proj.bias + self_attn.v_proj.bias",
+                                  parts=(q, kv, kv))
     if config.out_bias:
         spec["out_bias"] = vector((D,), ("embed",), "self_attn.o_proj.bias")
     if config.ffn_bias:
-        spec["gate_up_bias"] = vector((2 * F,), ("ffn",), "mlp.gate_proj.bias + mlp.up_proj.bias")
+        spec["gate_up_bias"] = vector((2 * F,), ("ffn",), "mlp.gate_proj.bias + mlp.up_proj.bias", parts=(F, F))
         spec["down_bias"] = vector((D,), ("embed",), "mlp.down_proj.bias")
     return spec
 
@@ -159,8 +161,7 @@ def block(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: jax.
 def attention(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: jax.Array, run: Run):
     """Attention of each token to itself and the tokens before it in its row. Returns (y_TD, pages)."""
     T, N, K, H = x_TD.shape[0], config.heads, config.kv_heads, config.head_width
-    qkv = linear(params, "qkv", x_TD)
-    q, k, v = jnp.split(qkv, [N * H, (N + K) * H], axis=1)
+    q, k, v = split(linear(params, "qkv", x_TD), (N * H, K * H, K * H), "heads")
     if config.qk_norm == "full":
         q, k = norm(config, params, "q_norm", q), norm(config, params, "k_norm", k)
     q_TNH, k_TKH, v_TKH = q.reshape(T, N, H), k.reshape(T, K, H), v.reshape(T, K, H)
@@ -176,7 +177,7 @@ def attention(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: 
 
 def ffn(config: Config, params: Params, x_TD: jax.Array) -> jax.Array:
     """The gated feed-forward layer: down(activation(gate) * up)."""
-    gate_TF, up_TF = jnp.split(linear(params, "gate_up", x_TD), 2, axis=1)
+    gate_TF, up_TF = split(linear(params, "gate_up", x_TD), (config.ffn, config.ffn), "ffn")
     return linear(params, "down", ACTIVATIONS[config.activation](gate_TF) * up_TF)
 
 

@@ -14,9 +14,9 @@ from jaxinfer.compiler.functions import FunctionKey, Functions, LeafLike
 from jaxinfer.errors import InvalidOption
 from jaxinfer.frontend.modules import as_function
 from jaxinfer.runtime import memory as planning
+from jaxinfer.runtime.devices import find_device
 from jaxinfer.runtime.door import Door
 from jaxinfer.runtime.endpoint import Endpoint
-from jaxinfer.runtime.load import find_device
 from jaxinfer.runtime.padded import BATCH, Ladders, NanPolicy
 
 OWN = ("priority", "queue_timeout", "timeout")  # names of a call's options
