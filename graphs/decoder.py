@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Params, Run, StateGroup
 from jaxinfer.graphs.rope import Rope, turns
-from jaxinfer.kernels import attend, matmul, rms_norm, rope, route, routed_ffn
+from jaxinfer.kernels import attend, matmul, rms_norm, rope, route, routed_ffn, split
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -122,7 +122,7 @@ def block_spec(config: Config, layer: Layer) -> Params:
     spec = {
         "qkv": Leaf((q + 2 * kv, D), ("heads", "embed"),
                     "self_attn.q_proj.weight + self_attn.k_proj.weight + self_attn.v_proj.weight",
-                    "self_attn.qkv_proj.weight"),
+                    "self_attn.qkv_proj.weight", parts=(q, kv, kv)),
         "out": Leaf((D, q), ("embed", "heads"), "self_attn.o_proj.weight"),
         **(experts_spec(config) if layer.routed else ffn_spec(config)),
     }
@@ -139,7 +139,8 @@ def block_spec(config: Config, layer: Layer) -> Params:
         spec["k_norm"] = vector((kv if full else H,), ("heads" if full else None,), "self_attn.k_norm.weight")
     if config.qkv_bias:
         spec["qkv_bias"] = vector((q + 2 * kv,), ("heads",),
-                                  "self_attn.q_proj.bias + self_attn.k_proj.bias + self_attn.v_proj.bias")
+                                  "self_attn.q_proj.bias + self_attn.k_proj.bias + self_attn.v_proj.bias",
+                                  parts=(q, kv, kv))
     if config.out_bias:
         spec["out_bias"] = vector((D,), ("embed",), "self_attn.o_proj.bias")
     return spec
@@ -150,11 +151,12 @@ def ffn_spec(config: Config) -> Params:
     D, F = config.width, config.ffn
     spec = {
         "gate_up": Leaf((2 * F, D), ("ffn", "embed"),
-                        "mlp.gate_proj.weight + mlp.up_proj.weight", "mlp.gate_up_proj.weight"),
+                        "mlp.gate_proj.weight + mlp.up_proj.weight", "mlp.gate_up_proj.weight", parts=(F, F)),
         "down": Leaf((D, F), ("embed", "ffn"), "mlp.down_proj.weight"),
     }
     if config.ffn_bias:
-        spec["gate_up_bias"] = Leaf((2 * F,), ("ffn",), "mlp.gate_proj.bias + mlp.up_proj.bias", exact=True)
+        spec["gate_up_bias"] = Leaf((2 * F,), ("ffn",), "mlp.gate_proj.bias + mlp.up_proj.bias", exact=True,
+                                    parts=(F, F))
         spec["down_bias"] = Leaf((D,), ("embed",), "mlp.down_proj.bias", exact=True)
     return spec
 
@@ -190,8 +192,7 @@ def block(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: jax.
 def attention(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: jax.Array, run: Run):
     """Attention of each token to itself and the tokens before it in its row. Returns (y_TD, pages)."""
     T, N, K, H = x_TD.shape[0], config.heads, config.kv_heads, config.head_width
-    qkv = linear(params, "qkv", x_TD)
-    q, k, v = jnp.split(qkv, [N * H, (N + K) * H], axis=1)
+    q, k, v = split(linear(params, "qkv", x_TD), (N * H, K * H, K * H), "heads")
     if config.qk_norm == "full":
         q, k = norm(config, params, "q_norm", q), norm(config, params, "k_norm", k)
     q_TNH, k_TKH, v_TKH = q.reshape(T, N, H), k.reshape(T, K, H), v.reshape(T, K, H)
@@ -207,7 +208,7 @@ def attention(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: 
 
 def ffn(config: Config, params: Params, x_TD: jax.Array, run: Run) -> jax.Array:
     """The gated feed-forward layer: down(activation(gate) * up)."""
-    gate_TF, up_TF = jnp.split(linear(params, "gate_up", x_TD), 2, axis=1)
+    gate_TF, up_TF = split(linear(params, "gate_up", x_TD), (config.ffn, config.ffn), "ffn")
     return linear(params, "down", ACTIVATIONS[config.activation](gate_TF) * up_TF)
 
 

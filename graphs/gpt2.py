@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Params, Run, StateGroup
 from jaxinfer.graphs.decoder import ACTIVATIONS
-from jaxinfer.kernels import attend, layer_norm, matmul
+from jaxinfer.kernels import attend, layer_norm, matmul, split
 
 GROUP = "full"
 
@@ -79,9 +79,9 @@ def norm_spec(width: int, name: str) -> Params:
     return {part: Leaf((width,), ("embed",), *anywhere(f"{name}.{part}"), exact=True) for part in ("weight", "bias")}
 
 
-def linear_spec(outputs: int, inputs: int, axes: tuple[str, str], name: str) -> Params:
-    return {"weight": Leaf((outputs, inputs), axes, *anywhere(f"{name}.weight"), transpose=True),
-            "bias": Leaf((outputs,), axes[:1], *anywhere(f"{name}.bias"), exact=True)}
+def linear_spec(outputs: int, inputs: int, axes: tuple[str, str], name: str, parts: tuple[int, ...] = ()) -> Params:
+    return {"weight": Leaf((outputs, inputs), axes, *anywhere(f"{name}.weight"), transpose=True, parts=parts),
+            "bias": Leaf((outputs,), axes[:1], *anywhere(f"{name}.bias"), exact=True, parts=parts)}
 
 
 def block_spec(config: Config, i: int) -> Params:
@@ -89,7 +89,7 @@ def block_spec(config: Config, i: int) -> Params:
     D, F = config.width, config.ffn
     return {
         "before_attention": norm_spec(D, f"h.{i}.ln_1"),
-        "qkv": linear_spec(3 * D, D, ("heads", "embed"), f"h.{i}.attn.c_attn"),
+        "qkv": linear_spec(3 * D, D, ("heads", "embed"), f"h.{i}.attn.c_attn", (D, D, D)),
         "out": linear_spec(D, D, ("embed", "heads"), f"h.{i}.attn.c_proj"),
         "before_ffn": norm_spec(D, f"h.{i}.ln_2"),
         "up": linear_spec(F, D, ("ffn", "embed"), f"h.{i}.mlp.c_fc"),
@@ -105,9 +105,10 @@ def embed(params: Params, run: Run) -> jax.Array:
 
 def block(config: Config, scale: float, params: Params, pages: Pages, x_TD: jax.Array, run: Run):
     """One layer. Returns (x_TD, pages)."""
-    T, N, H = x_TD.shape[0], config.heads, config.width // config.heads
+    T, D = x_TD.shape
+    N, H = config.heads, D // config.heads
     qkv = linear(params["qkv"], norm(config, params["before_attention"], x_TD))
-    q_TNH, k_TNH, v_TNH = (part.reshape(T, N, H) for part in jnp.split(qkv, 3, axis=1))
+    q_TNH, k_TNH, v_TNH = (part.reshape(T, N, H) for part in split(qkv, (D, D, D), "heads"))
     y_TNH, pages = attend(q_TNH, k_TNH, v_TNH, pages, run, group=GROUP, scale=scale)
     x_TD = x_TD + linear(params["out"], y_TNH.reshape(T, N * H))
     y_TF = ACTIVATIONS[config.activation](linear(params["up"], norm(config, params["before_ffn"], x_TD)))

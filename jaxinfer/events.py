@@ -38,6 +38,14 @@ class Missed:
 
 
 @dataclass(frozen=True)
+class Replicated:
+    """A logical axis of a model that its mesh should cut and cannot: every device has all of it; `why` says why."""
+
+    axis: str
+    why: str
+
+
+@dataclass(frozen=True)
 class RequestEnded:
     """A request left the engine; `reason` is a finish reason of `Output`."""
 
@@ -55,7 +63,7 @@ class Retried:
     error: Exception
 
 
-Event = Progress | Compiling | Missed | RequestEnded | Retried
+Event = Progress | Compiling | Missed | Replicated | RequestEnded | Retried
 _observers: tuple[Callable[[Event], None], ...] = ()
 _lock = threading.Lock()
 

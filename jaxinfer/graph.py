@@ -23,8 +23,10 @@ class Leaf:
 
     `names` are alternatives, tried in order; "a + b" concatenates a and b along axis 0. A leaf of three axes may be
     joined of matrices: in the file its first two axes are then one. `transpose` swaps the two axes of a tensor that
-    the file stores as `[in, out]`. A leaf with `exact=True` keeps float32 in every dtype
-    (norms and biases: they are tiny, and rounding them costs accuracy for nothing).
+    the file stores as `[in, out]`. A leaf with `exact=True` keeps float32 in every dtype (norms and biases: they are
+    tiny, and rounding them costs accuracy for nothing). `parts` are the sizes along axis 0 of what the leaf joins, if
+    whoever reads it takes them apart by `kernels.split`: several devices then share each part, not one of them having
+    the first.
 
     >>> Leaf((96, 64), ("ffn", "embed"), "mlp.up_proj.weight").alternatives
     (('mlp.up_proj.weight',),)
@@ -37,11 +39,14 @@ class Leaf:
     names: tuple[str, ...]
     transpose: bool
     exact: bool
+    parts: tuple[int, ...]
 
-    def __init__(self, shape: Sequence[int], axes: Sequence[str | None], *names: str, transpose=False, exact=False):
+    def __init__(self, shape: Sequence[int], axes: Sequence[str | None], *names: str, transpose=False, exact=False,
+                 parts: Sequence[int] = ()):
         assert len(shape) == len(axes) and names, (shape, axes, names)
-        values = (tuple(shape), tuple(axes), names, transpose, exact)
-        for key, value in zip(("shape", "axes", "names", "transpose", "exact"), values, strict=True):
+        assert not parts or sum(parts) == shape[0], (shape, parts)
+        values = (tuple(shape), tuple(axes), names, transpose, exact, tuple(parts))
+        for key, value in zip(("shape", "axes", "names", "transpose", "exact", "parts"), values, strict=True):
             object.__setattr__(self, key, value)
 
     @property
@@ -51,7 +56,7 @@ class Leaf:
     def under(self, prefix: str) -> Leaf:
         """The same leaf with `prefix` before each of its names: a block's leaf becomes a layer's."""
         names = (" + ".join(prefix + part for part in parts) for parts in self.alternatives)
-        return Leaf(self.shape, self.axes, *names, transpose=self.transpose, exact=self.exact)
+        return Leaf(self.shape, self.axes, *names, transpose=self.transpose, exact=self.exact, parts=self.parts)
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,12 @@ class StateGroup:
 
 
 class Pages(NamedTuple):
-    """One layer's keys and values in pages; the attention op owns the layout (`kernels.attention`)."""
+    """One layer's keys and values in pages; the attention op owns the layout (`kernels.attention`), which says the
+    logical `axes` of its arrays' first dimensions."""
 
     k: jax.Array
     v: jax.Array
+    axes = None, "heads"
 
 
 @partial(jax.tree_util.register_dataclass,

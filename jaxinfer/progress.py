@@ -11,7 +11,7 @@ from io import StringIO
 from threading import Lock
 from typing import Any, TextIO
 
-from jaxinfer.events import Compiling, Event, Progress, observe
+from jaxinfer.events import Compiling, Event, Progress, Replicated, observe
 
 
 @contextmanager
@@ -60,6 +60,8 @@ class Lines:
                     self._say(f"compile {name}")
                 case Compiling(name, seconds, origin):
                     self._say(f"compile {name}: {origin} in {seconds:.1f} s")
+                case Replicated(axis, why):
+                    self._say(f"{axis} on every device: {why}")
 
     def _say(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
@@ -94,6 +96,8 @@ class Bars:
                     self._show(f"compile {name}", "", total=None)
                 case Compiling(name):
                     self._hide(f"compile {name}")
+                case Replicated(axis, why):
+                    self.display.console.print(f"{axis} on every device: {why}")
 
     def _show(self, job: str, amount: str, **numbers: Any) -> None:
         if job in self.tasks:

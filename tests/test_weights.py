@@ -137,7 +137,7 @@ def test_an_aligned_tensor_that_needs_no_change_is_taken_over_without_a_copy():
 
 def test_what_had_to_be_assembled_is_taken_over_too():
     held, taken = [], []
-    put = lambda array: held.append(array.ctypes.data) or taken.append(jax.device_put(array)) or taken[-1]
+    put = lambda _, array: held.append(array.ctypes.data) or taken.append(jax.device_put(array)) or taken[-1]
     spec = graph(w=Leaf((256, 256), ("a", "b"), "w"))
     load_params(spec, {"w": Held(numbers(256, 256))}, dtype="bfloat16", source="", put=put)
     assert [array.unsafe_buffer_pointer() for array in taken] == held

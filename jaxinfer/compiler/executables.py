@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer import events, kernels
 from jaxinfer.compiler.buckets import Bucket, Ladder
+from jaxinfer.compiler.placement import ORDER, Placement
 from jaxinfer.compiler.programs import Programs
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.graph import Graph, Run, forward, hidden
@@ -39,7 +41,7 @@ class Key(NamedTuple):
 
 
 class Executables(Programs):
-    """The compiled programs of one model on one device.
+    """The compiled programs of one model on one device, or as it is placed on several.
 
     `params` and `state` may be arrays or `ShapeDtypeStruct`s: only shapes are read. `table_width` is the number of
     pages per row of each page table, `max_context` the tokens of a row's history, `forced` names implementations that
@@ -51,57 +53,81 @@ class Executables(Programs):
     """
 
     def __init__(self, graph: Graph, ladder: Ladder, *, params: Any, state: Any, max_rows: int, max_context: int,
-                 table_width: dict[str, int], device: jax.Device, platform: str | None = None,
+                 table_width: dict[str, int], device: jax.Device | Placement, platform: str | None = None,
                  forced: Mapping[str, str] | None = None):
         super().__init__(device, platform=platform, forced=forced)
         self.graph, self.ladder, self.max_rows, self.max_context = graph, ladder, max_rows, max_context
         self.table_width = table_width
-        self.params, self.state = jax.tree.map(self._like, (params, state))
+        self.params = self.place.abstract(graph.spec, params)
+        placed = lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.place.along(*axes))
+        self.state = {name: [jax.tree.map(partial(placed, axes=pages.axes), pages) for pages in layers]
+                      for name, layers in state.items()}
         for key in (key for bucket in ladder.buckets for key in _forwards(bucket)):
             _ = self.ledger[str(key)]
         self._functions: dict[Callable, None] = {}  # users', the latest last
         self.holding = lru_cache(4096)(ladder.holding)  # in every step anew
+
+    def empty(self, what: str) -> Any:
+        """What a model begins with, zero and where it is to lie: "state", all pages; "last_S" or "history_SL".
+
+        XLA makes the pages: memory of the host's that they merely alias would be copied when the first step donates
+        them. It would also compile what makes the others, in the middle of a step perhaps.
+        """
+        if what == "state":
+            make = lambda x: jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=x.sharding)(x.shape, x.dtype)
+            with ORDER:
+                return jax.tree.map(make, self.state)
+        zeros = np.zeros((self.max_rows,) if what == "last_S" else (self.max_rows, self.max_context), np.int32)
+        return jax.make_array_from_callback(zeros.shape, self.place.whole, lambda index: zeros[index])
 
     # What is compiled.
 
     def lower(self, key: Key) -> jax.stages.Lowered:
         """The program of `key` for abstract arguments."""
         kind, shape = key.kind, key.shape
+        whole, logits = self.place.whole, self.place.logits
+        pages = jax.tree.map(lambda x: x.sharding, self.state)
         if isinstance(shape, Bucket):
             run, last_S = self._run(shape), self._array(self.max_rows)
             first, donate = (self.params, self.state, last_S, run), "state"
             if kind == "forward":
-                return jax.jit(partial(forward, self.graph), donate_argnames=donate).lower(*first)
+                return self._lower(partial(forward, self.graph), *first, donate=donate, out=(pages, logits))
             if shape.steps > 1:
                 how = (self._draws(shape.rows),) if kind == "steps" else ()
-                return jax.jit(partial(_steps, self.graph, shape.steps), donate_argnames=donate).lower(
-                    *first, self._array(shape.rows), *how)
+                return self._lower(partial(_steps, self.graph, shape.steps), *first, self._array(shape.rows), *how,
+                                   donate=donate, out=(pages, whole, whole))
             if kind == "score":
-                return jax.jit(partial(_score, self.graph), donate_argnames=donate).lower(
-                    *first, self._array(shape.tokens))
-            return jax.jit(partial(_embed, self.graph), donate_argnames=donate).lower(*first)
+                return self._lower(partial(_score, self.graph), *first, self._array(shape.tokens), donate=donate,
+                                   out=(pages, logits, whole))
+            return self._lower(partial(_embed, self.graph), *first, donate=donate, out=(pages, whole, whole))
         if kind == "copy":
             pairs = {group.name: self._array(COPIES) for group in self.graph.groups}
-            return jax.jit(_copy, donate_argnames="state").lower(self.state, pairs, pairs)
+            return self._lower(_copy, self.state, pairs, pairs, donate="state", out=pages)
         history_SL = self._array(self.max_rows, self.max_context)
         if kind == "history":
-            return jax.jit(kernels.begin_history, donate_argnames="history_SL").lower(
-                history_SL, self._array(), self._array(self.max_context))
+            return self._lower(kernels.begin_history, history_SL, self._array(), self._array(self.max_context),
+                               donate="history_SL")
         R, V = shape, self.graph.vocab
-        logits_RV, ints = self._array(R, V, dtype=jnp.float32), self._array(R)
+        ints, logits_RV = self._array(R), jax.ShapeDtypeStruct((R, V), jnp.float32, sharding=logits)
         if kind == "logprobs":
-            return jax.jit(kernels.logprobs).lower(logits_RV, ints)
+            return self._lower(kernels.logprobs, logits_RV, ints)
         if kind == "logits":
             chosen_R, seed_R = self._array(R, dtype=jnp.bool_), self._array(R, dtype=jnp.uint32)
-            return jax.jit(partial(kernels.edit_logits, key.function)).lower(  # type: ignore[arg-type]
-                logits_RV, history_SL, ints, chosen_R, ints, ints, seed_R)
+            return self._lower(partial(kernels.edit_logits, key.function),  # type: ignore[arg-type]
+                               logits_RV, history_SL, ints, chosen_R, ints, ints, seed_R, out=logits)
         first = logits_RV, self._array(self.max_rows), ints
         if kind == "greedy":
-            return jax.jit(kernels.sample_greedy).lower(*first)
+            return self._lower(kernels.sample_greedy, *first)
         if kind == "sample":
-            return jax.jit(kernels.sample).lower(*first, self._draws(R))
-        return jax.jit(kernels.sample_edited, donate_argnames="history_SL").lower(
-            *first, self._draws(R), self._edits(R), history_SL)
+            return self._lower(kernels.sample, *first, self._draws(R))
+        return self._lower(kernels.sample_edited, *first, self._draws(R), self._edits(R), history_SL,
+                           donate="history_SL")
+
+    def _lower(self, fn: Callable, *args: Any, donate: str = "", out: Any = None) -> jax.stages.Lowered:
+        """`fn` for abstract arguments; `out` says how its results lie, whole on every device if they need not be cut.
+        A fresh partial, since JAX would share its trace with steps for other platforms and meshes."""
+        jitted = jax.jit(partial(fn), donate_argnames=donate or None, out_shardings=out or self.place.whole)
+        return jitted.lower(*args)
 
     def _run(self, bucket: Bucket) -> Run:
         ints, R = self._array, bucket.rows

@@ -11,23 +11,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 
 from jaxinfer import events, kernels
 from jaxinfer.compiler import cache
 from jaxinfer.compiler.ledger import Ledger
+from jaxinfer.compiler.placement import Placement
 from jaxinfer.errors import Closed
 
 
 class Programs:
-    """The compiled programs of one model on one device. `lower(key)` says what a key's program is; `str(key)` is its
-    name. `forced` names implementations that ops must take. Compiles run on two threads."""
+    """The compiled programs of one model on one device, or as it is placed on several. `lower(key)` says what a key's
+    program is; `str(key)` is its name. `forced` names implementations that ops must take. Compiles run on two threads.
+    """
 
     params: Any  # the weights' shapes and dtypes
 
-    def __init__(self, device: jax.Device, *, platform: str | None = None, forced: Mapping[str, str] | None = None):
-        self.platform, self.forced = platform or device.platform, forced or {}
-        self.sharding = SingleDeviceSharding(device)
+    def __init__(self, device: jax.Device | Placement, *, platform: str | None = None,
+                 forced: Mapping[str, str] | None = None):
+        self.place = device if isinstance(device, Placement) else Placement(device)
+        self.platform, self.forced = platform or self.place.device.platform, forced or {}
         self.ledger = Ledger()
         self._ready: dict[Any, Callable] = {}
         self._pending: dict[Any, Future] = {}
@@ -39,16 +41,17 @@ class Programs:
         """The program of `key` for abstract arguments."""
 
     def _like(self, x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.place.whole)
 
     def _array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.place.whole)
 
     def _compile(self, key: Any) -> Callable:
         name = str(key)
         events.emit(events.Compiling(name))
         start = time.perf_counter()
-        with cache.watch() as hits, kernels.tracing(self.platform, self.forced) as trace:
+        where = self.place.mesh, self.place.axes
+        with cache.watch() as hits, kernels.tracing(self.platform, self.forced, *where) as trace:
             compiled = self.lower(key).compile()
         entry = self.ledger[name]
         entry.origin, entry.seconds = "disk" if hits else "compiled", time.perf_counter() - start
@@ -56,7 +59,7 @@ class Programs:
         entry.bytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
         with self._lock:
             if key in self._pending:  # else it was forgotten meanwhile
-                self._ready[key] = compiled
+                self._ready[key] = self.place.ordered(compiled)
         events.emit(events.Compiling(name, entry.seconds, entry.origin))
         return compiled
 

@@ -23,12 +23,13 @@ CHUNK = 1 << 16  # numbers rounded at a time: their temporaries stay in the cach
 
 
 def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
-                put: Callable[[np.ndarray], jax.Array] = jax.device_put) -> Params:
+                put: Callable[[Leaf, np.ndarray], Any] = lambda _, array: jax.device_put(array)) -> Params:
     """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint.
 
-    Leaves are cast to `dtype`, exact ones to float32; `put` brings each to its device. A tensor that needs no change
-    is handed over as it is mapped (on the CPU, where its address is a multiple of 64, params alias the file). At most
-    one leaf per reading thread is held besides what `put` keeps. Emits Progress("load", source, bytes, bytes).
+    Leaves are cast to `dtype`, exact ones to float32; `put(leaf, array)` brings each to its device, or devices. A
+    tensor that needs no change is handed over as it is mapped (on the CPU, where its address is a multiple of 64,
+    params alias the file). At most one leaf per reading thread is held besides what `put` keeps. Emits
+    Progress("load", source, bytes, bytes).
 
     Raises CheckpointMismatch that lists all missing, surplus and misshapen tensors, before anything is read.
     """
@@ -38,9 +39,9 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     params: list[Any] = [None] * len(leaves)
     done, total = 0, sum(sizes)
 
-    def read(leaf: Leaf, names: tuple[str, ...]) -> jax.Array:
+    def read(leaf: Leaf, names: tuple[str, ...]) -> Any:
         array = assemble(leaf, [tensors[name] for name in names], np.dtype(jnp.float32 if leaf.exact else dtype))
-        return jax.block_until_ready(put(array))
+        return jax.block_until_ready(put(leaf, array))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "load") as pool:
         futures = {pool.submit(read, leaf, names): i for i, (leaf, names) in enumerate(zip(leaves, parts, strict=True))}

@@ -1,7 +1,7 @@
 """Ops: a reference that defines each, faster implementations by platform, and what they own (the page layout)."""
 
 from jaxinfer.kernels.attention import attend, chunks, copy, init_pages
-from jaxinfer.kernels.dense import layer_norm, matmul, rms_norm, rope
+from jaxinfer.kernels.dense import layer_norm, matmul, rms_norm, rope, split
 from jaxinfer.kernels.edits import (
     BIASES,
     Context,
@@ -19,5 +19,5 @@ from jaxinfer.kernels.sampling import sample, sample_greedy
 __all__ = [
     "BIASES", "TOP", "Context", "Edits", "Logprobs", "Op", "attend", "begin_history", "check_logits_function",
     "chunks", "copy", "edit_logits", "init_pages", "layer_norm", "logprobs", "matmul", "prompt_logprobs", "rms_norm",
-    "rope", "route", "routed_ffn", "sample", "sample_edited", "sample_greedy", "tracing",
+    "rope", "route", "routed_ffn", "sample", "sample_edited", "sample_greedy", "split", "tracing",
 ]

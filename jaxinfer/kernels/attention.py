@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxinfer.graph import Pages, Run
 from jaxinfer.kernels.attention_gpu import NEVER, attend_triton
-from jaxinfer.kernels.op import Op
+from jaxinfer.kernels.op import Cut, Op
 
 
 def init_pages(num_pages: int, page_size: int, kv_heads: int, head_width: int, dtype) -> Pages:
@@ -70,7 +70,8 @@ def copy_loop(pages: Pages, from_C: jax.Array, to_C: jax.Array) -> Pages:
     return lax.fori_loop(0, (~padding_C).sum(), put, pages)
 
 
-copy = Op("copy", reference=copy_reference, fast={"loop": (("cpu",), copy_loop)})
+copy = Op("copy", reference=copy_reference, fast={"loop": (("cpu",), copy_loop)},
+          cut=lambda pages, from_C, to_C: Cut((pages.axes, (), ()), (pages.axes,)))
 
 
 def _soft_cap(scores, cap):
@@ -238,10 +239,17 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
     return (out_TKGH / jnp.where(sum_TKG > 0, sum_TKG, 1)[..., None]).reshape(T, N, H), pages
 
 
+def cut_heads(q_TNH, k_TKH, v_TKH, pages, run) -> Cut:
+    """A KV head and its query heads know nothing of the others."""
+    heads = None, "heads"
+    return Cut((heads, heads, heads, pages.axes, ()), (heads, pages.axes))
+
+
 EVERYWHERE = ("cpu", "gpu", "tpu")
 attend = Op("attend", reference=attend_reference,
             fast={"triton": (("gpu",), attend_triton), "visits": (EVERYWHERE, attend_visits),
-                  "by_page": (EVERYWHERE, attend_by_page)})
+                  "by_page": (EVERYWHERE, attend_by_page)},
+            cut=cut_heads)
 CHUNKS = {("visits", "cpu"): 0, ("visits", "gpu"): 1, ("visits", "tpu"): 1, ("triton", "gpu"): None}
 
 

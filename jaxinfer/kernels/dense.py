@@ -6,10 +6,13 @@ stream stays exact, and only the operands of a matmul are rounded to the weight'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxinfer.kernels.op import Op
+from jaxinfer.kernels.op import Op, shards
 
 
 def _matmul(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
@@ -26,6 +29,14 @@ def _matmul_rows(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
 
 
 matmul = Op("matmul", reference=_matmul, fast={"two_rows": (("cpu",), _matmul_rows)})
+
+
+def split(x_TO: jax.Array, parts: Sequence[int], axis: str) -> list[jax.Array]:
+    """Take apart what a matmul with a leaf of these `parts` gave. Where devices share its logical `axis`, each has its
+    own piece of the first part, then of the second: taking them apart moves nothing."""
+    T, n = x_TO.shape[0], shards(axis)
+    ends = np.cumsum(parts)[:-1] // n
+    return [part.reshape(T, -1) for part in jnp.split(x_TO.reshape(T, n, -1), ends, axis=2)]
 
 
 def _along(x: jax.Array, vector_D: jax.Array) -> jax.Array:

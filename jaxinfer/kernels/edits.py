@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.kernels.sampling import Draws, sample
+from jaxinfer.kernels.op import LOGITS, whole
+from jaxinfer.kernels.sampling import Draws, sample_whole
 from jaxinfer.request import MOST_BIASES
 
 BIASES = MOST_BIASES  # the most that a row may have
@@ -85,7 +86,7 @@ def _edit(logits_V: jax.Array, tokens_L: jax.Array, edits: Edits) -> jax.Array:
 
 def edit(logits_RV: jax.Array, slot_R: jax.Array, edits: Edits, history_SL: jax.Array) -> jax.Array:
     """The logits that each row draws from."""
-    return jax.vmap(_edit)(logits_RV, _history(history_SL, slot_R), edits)
+    return jax.vmap(_edit)(whole(logits_RV, LOGITS), _history(history_SL, slot_R), edits)
 
 
 def sample_edited(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array, draws: Draws, edits: Edits,
@@ -93,7 +94,7 @@ def sample_edited(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array, dr
     """`sample` after `edits`: `(last_S, history_SL, tokens_R)`. The token drawn is also remembered in the history of
     the row's slot, at `length`; a slot or a length past the end is dropped."""
     edited_RV = jax.lax.optimization_barrier(edit(logits_RV, slot_R, edits, history_SL))  # `sample` as it is elsewhere
-    last_S, tokens_R = sample(edited_RV, last_S, slot_R, draws)
+    last_S, tokens_R = sample_whole(edited_RV, last_S, slot_R, draws)
     history_SL = history_SL.at[slot_R, edits.length].set(jnp.maximum(tokens_R, 0), mode="drop")
     return last_S, history_SL, tokens_R
 
@@ -101,6 +102,7 @@ def sample_edited(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array, dr
 def edit_logits(fn: LogitsFunction, logits_RV: jax.Array, history_SL: jax.Array, slot_R: jax.Array,
                 chosen_R: jax.Array, length_R: jax.Array, prompt_R: jax.Array, seed_R: jax.Array) -> jax.Array:
     """What a user's function makes of the chosen rows' logits; the others keep theirs to the bit."""
+    logits_RV = whole(logits_RV, LOGITS)
     context = Context(_history(history_SL, slot_R), length_R, prompt_R, length_R - prompt_R, seed_R)
     edited_RV = jax.vmap(fn)(logits_RV, context).astype(logits_RV.dtype)
     return jnp.where(chosen_R[:, None], edited_RV, logits_RV)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer.kernels.op import LOGITS, whole
 from jaxinfer.request import MOST_LOGPROBS
 
 TOP = MOST_LOGPROBS  # as many as the OpenAI API gives
@@ -53,7 +54,7 @@ def _logprobs(logits_V: jax.Array, token: jax.Array) -> Logprobs:
 
 def logprobs(logits_RV: jax.Array, tokens_R: jax.Array) -> Logprobs:
     """The log-softmax of each row's float32 logits, at its token and at the likeliest ones."""
-    return jax.vmap(_logprobs)(logits_RV.astype(jnp.float32), tokens_R)
+    return jax.vmap(_logprobs)(whole(logits_RV, LOGITS).astype(jnp.float32), tokens_R)
 
 
 def prompt_logprobs(logits_of: Callable[[jax.Array], jax.Array], x_TD: jax.Array, targets_T: jax.Array,

@@ -1,6 +1,8 @@
 """An op: a reference that defines it, and faster implementations by platform.
 
 The choice is made while an Executable is traced: by name if forced, else the platform's own, else the reference.
+Where it is traced for several devices, an op that says along which logical axes its arrays may be cut runs on each
+device's own piece; what says nothing is left to XLA's partitioner.
 """
 
 from __future__ import annotations
@@ -9,46 +11,87 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Axes = tuple[str | None, ...]  # logical, of an array's first dimensions; the others are not cut
+LOGITS: Axes = (None, "vocab")
 
 
 @dataclass
 class Tracing:
-    """Where the step being traced will run, and which implementations it chose (for the ledger)."""
+    """Where the step being traced will run, and which implementations it chose (for the ledger). Several devices are
+    a `mesh`, and `axes` says which of its axes cuts a logical axis."""
 
     platform: str
     forced: Mapping[str, str] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    axes: Mapping[str, str] = field(default_factory=dict)
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """How the mesh cuts an array of these logical axes."""
+        return PartitionSpec(*(self.axes.get(axis) if axis else None for axis in axes))
 
 
 _tracing: ContextVar[Tracing | None] = ContextVar("tracing", default=None)
 
 
 @contextmanager
-def tracing(platform: str, forced: Mapping[str, str] | None = None) -> Iterator[Tracing]:
+def tracing(platform: str, forced: Mapping[str, str] | None = None, mesh: Mesh | None = None,
+            axes: Mapping[str, str] | None = None) -> Iterator[Tracing]:
     """Trace for `platform` ("cpu", "gpu", "tpu") inside the `with` block, and see what was chosen.
 
-    `forced` maps an op's name to the implementation it must take.
+    `forced` maps an op's name to the implementation it must take; `axes` a logical axis to the axis of `mesh` that
+    cuts it.
     """
-    token = _tracing.set(Tracing(platform, forced or {}))
+    token = _tracing.set(Tracing(platform, forced or {}, mesh=mesh, axes=axes or {}))
     try:
         yield _tracing.get()  # type: ignore[misc]
     finally:
         _tracing.reset(token)
 
 
+class Cut(NamedTuple):
+    """The logical axes of an op's positional arguments and of its results, one tuple for all arrays of a pytree; and
+    of arrays that are given by name."""
+
+    inputs: tuple[Axes, ...]
+    results: tuple[Axes, ...]
+    named: Mapping[str, Axes] = {}
+
+
+def shards(axis: str) -> int:
+    """Into how many pieces the step being traced cuts a logical axis."""
+    now = _tracing.get()
+    return now.mesh.shape[now.axes[axis]] if now and now.mesh and axis in now.axes else 1
+
+
+def whole(x: jax.Array, axes: Axes) -> jax.Array:
+    """`x`, made piece by piece along these logical axes, then gathered: all of it on every device. Whoever searches
+    through it would otherwise talk at every turn, and XLA might gather what it is made of instead."""
+    now = _tracing.get()
+    if not (now and now.mesh):
+        return x
+    for spec in (now.spec(axes), PartitionSpec()):
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(now.mesh, spec))
+    return x
+
+
 @dataclass(frozen=True)
 class Op:
     """`reference` says what is computed; each of `fast` computes the same on the platforms named.
 
-    `fast` maps an implementation's name to (platforms, function).
+    `fast` maps an implementation's name to (platforms, function). `cut` is for an op whose results along a logical
+    axis depend on nothing but its arguments there: it gets the positional ones, and says which axes they all have.
     """
 
     name: str
     reference: Callable[..., Any]
     fast: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = field(default_factory=dict)
+    cut: Callable[..., Cut] | None = None
 
     def available(self, platform: str = "cpu") -> list[str]:
         """The implementations that `platform` can run, best first; the reference runs everywhere."""
@@ -66,6 +109,18 @@ class Op:
         return how
 
     def __call__(self, *args: Any, how: str | None = None, **kwargs: Any) -> Any:
+        now = _tracing.get()
+        if not (now and now.mesh and self.cut):
+            return self._run(how, kwargs, *args)
+        cut = self.cut(*args)
+        named = {name: kwargs.pop(name) for name in cut.named if kwargs.get(name) is not None}
+        specs = [*map(now.spec, cut.inputs)], {name: now.spec(cut.named[name]) for name in named}
+        results = [now.spec(axes) for axes in cut.results]
+        out = tuple(results) if len(results) > 1 else results[0]
+        run = lambda args, named: self._run(how, kwargs | named, *args)
+        return jax.shard_map(run, mesh=now.mesh, in_specs=specs, out_specs=out, check_vma=False)([*args], named)
+
+    def _run(self, how: str | None, kwargs: dict[str, Any], *args: Any) -> Any:
         how, now = self.choice(how=how), _tracing.get()
         if now:
             now.chosen[self.name] = how

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer.kernels.op import LOGITS, whole
+
 
 class Draws(NamedTuple):
     """How each row draws. float32: `temperature` (0 is greedy), `top_p` (1 is off), `min_p` (0 is off); int32:
@@ -76,6 +78,12 @@ def sample(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array, draws: Dr
     A request's draw depends on its seed and its count alone, never on its neighbours. A row with a NaN, or with no
     token above minus infinity, draws -1; a token at plus infinity is certain.
     """
+    return sample_whole(whole(logits_RV, LOGITS), last_S, slot_R, draws)
+
+
+def sample_whole(logits_RV: jax.Array, last_S: jax.Array, slot_R: jax.Array, draws: Draws
+                 ) -> tuple[jax.Array, jax.Array]:
+    """`sample` from logits that every device has all of."""
     tokens_R = jax.vmap(_draw)(logits_RV, draws)
     return _remember(last_S, slot_R, tokens_R), tokens_R
 

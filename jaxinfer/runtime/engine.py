@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.compiler import Bucket, Executables, Key
 from jaxinfer.compiler.buckets import STEPS
 from jaxinfer.compiler.executables import COPIES
 from jaxinfer.errors import Closed, RequestFailed, StepFailed
-from jaxinfer.graph import Run, State
+from jaxinfer.graph import Run
 from jaxinfer.request import FinishReason, Sequence
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.living import call_on
@@ -64,18 +62,15 @@ class Engine:
     `max_waiting` requests and `max_waiting_tokens` tokens of theirs wait; what comes on top is rejected.
     """
 
-    def __init__(self, executables: Executables, scheduler: Scheduler, params: Any, make_state: Callable[[], State],
-                 tell: Callable[[News], None], failed: Callable[[Sequence, BaseException], None], device: jax.Device, *,
-                 max_waiting: int, max_waiting_tokens: int):
+    def __init__(self, executables: Executables, scheduler: Scheduler, params: Any, tell: Callable[[News], None],
+                 failed: Callable[[Sequence, BaseException], None], *, max_waiting: int, max_waiting_tokens: int):
         self.executables, self.scheduler = executables, scheduler
-        self.numbers: Iterator[int] = itertools.count(scheduler.version + 1)  # of the weights to come
         self.weights = {scheduler.version: params}  # by version: the newest, and those that somebody still runs on
         self.tell, self.failed = tell, failed
         self.queue = Admission(max_waiting, max_waiting_tokens)  # of those that are not yet begun to be read
         self.packer = Packer(scheduler.max_rows, executables.table_width, executables.graph.vocab)
         self._step_seconds = 1.0  # of a decode step, on average
         self._committed = 0.0  # when the last step was; 0 after a pause
-        self._device, self._make_state = device, make_state
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -85,8 +80,7 @@ class Engine:
 
     def _reset(self) -> None:
         self.state = self.last_S = self.history_SL = None  # the old pool goes before the new one comes
-        self.state = self._make_state()
-        self.last_S = jax.device_put(jnp.zeros(self.scheduler.max_rows, jnp.int32), self._device)
+        self.state, self.last_S = self.executables.empty("state"), self.executables.empty("last_S")
 
     # From any thread.
 
@@ -106,19 +100,14 @@ class Engine:
             self.queue.leave([sequence.id])
         self._post(leave)
 
-    def swap(self, params: Any, onward: bool = False, version: int | None = None) -> int:
-        """Between two steps, let new sequences run on other weights (`Scheduler.swap`); returns their version."""
-        number = 0
-
+    def swap(self, params: Any, onward: bool, version: int) -> None:
+        """Between two steps, let new sequences run on other weights (`Scheduler.swap`), of this version."""
         def change():
-            nonlocal number
-            number = next(self.numbers) if version is None else version
-            self.weights = {**self.weights, number: params}
-            self.scheduler.swap(number, onward)
+            self.weights = {**self.weights, version: params}
+            self.scheduler.swap(version, onward)
             self._forget_weights()
 
         call_on(self._thread, self._post, change)
-        return number
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:
@@ -297,8 +286,7 @@ class Engine:
                 tokens_L = np.full(self.executables.max_context, self.executables.graph.vocab, np.int32)
                 tokens_L[: len(began.tokens)] = began.tokens
                 if self.history_SL is None:
-                    shape = self.scheduler.max_rows, self.executables.max_context
-                    self.history_SL = jax.device_put(np.zeros(shape, np.int32), self._device)  # jnp's would compile
+                    self.history_SL = self.executables.empty("history_SL")
                 self.history_SL = self.executables.get(Key("history"))(
                     self.history_SL, np.int32(began.slot), tokens_L)
 

@@ -11,8 +11,8 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxinfer import events
 from jaxinfer.compiler import Ledger
+from jaxinfer.compiler.placement import Placement, over_leaves
 from jaxinfer.errors import Closed, Expired, InvalidOption, InvalidRequest, Rejected, RequestFailed
 from jaxinfer.frontend.constraint import compile_grammar
 from jaxinfer.frontend.tokenizer import Tokenizer
@@ -32,7 +33,8 @@ from jaxinfer.runtime.delivery import Delivery, Ticket
 from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.pack import check
-from jaxinfer.runtime.versions import check_like, own
+from jaxinfer.runtime.shards import Front, Shard
+from jaxinfer.runtime.versions import check_like, copied
 from jaxinfer.scheduler import AGEING
 
 Ask = Prompt | Request
@@ -69,15 +71,17 @@ class LanguageModel(Living):
     request ends otherwise than asked, what your own callback raised, and `Closed` after `close()`.
     """
 
-    def __init__(self, graph: Graph, tokenizer: Tokenizer, engine: Engine, delivery: Delivery, *, config: Any,
+    def __init__(self, graph: Graph, tokenizer: Tokenizer, shards: SequenceOf[Shard], *, config: Any,
                  eos: frozenset[int], max_context: int, load_seconds: float):
         self.graph, self.tokenizer, self.config = graph, tokenizer, config
         self.max_context = max_context
-        self._engine, self._delivery, self._eos = engine, delivery, eos
-        self._ids = itertools.count(1)
+        self._front, self._eos = Front(shards), eos
+        self._engine, self._delivery = shards[0]  # what is true of all shards is asked of the first
+        self._ids, self._numbers, self._swapping = itertools.count(1), itertools.count(2), threading.Lock()
         self._load_seconds = load_seconds
-        delivery.end = engine.end
-        self._shut = weakref.finalize(self, _shut, engine, delivery)  # also when it is dropped, and at exit
+        for engine, delivery in shards:
+            delivery.end = engine.end
+        self._shut = weakref.finalize(self, self._front.close)  # also when it is dropped, and at exit
 
     # Asking.
 
@@ -160,24 +164,30 @@ class LanguageModel(Living):
     @property
     def stats(self) -> Statistics:
         """What the model is doing, and has done so far."""
-        engine, scheduler = self._engine, self._engine.scheduler
-        tree, pools = scheduler.tree, scheduler.tree.pools.values()
-        return Statistics(
-            engine.queue.waiting, engine.queue.waiting_tokens, len(scheduler.running), scheduler.steps,
-            scheduler.preempted, scheduler.read, scheduler.reused,
-            sum(p.size for p in pools), sum(p.free for p in pools),
-            sum(tree.pages.values()))
+        each = [_statistics(shard.engine) for shard in self._front.shards]
+        return Statistics(*map(sum, zip(*map(astuple, each), strict=True)))
 
     @property
     def ledger(self) -> Ledger:
         """Every Executable: where it came from, what it cost, how it was used."""
-        return self._engine.executables.ledger
+        return self._front.ledger
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Where each data shard lies: on which devices, which axes they cut, and which they could not and why."""
+        return tuple(shard.engine.executables.place for shard in self._front.shards)
 
     @property
     def params(self) -> Any:
-        """The weights, a pytree in the shape of `graph.spec`."""
+        """The weights, a pytree in the shape of `graph.spec`. On a mesh, leaves of several parts are copies: they are
+        stored in another order. Raises InvalidOption where no process has all of them."""
         self._check_open()
-        return self._engine.weights[self._engine.scheduler.version]
+        self._check_process()
+        return over_leaves(self.placements[0].restore, self.graph.spec, self._stored)
+
+    @property
+    def _stored(self) -> Any:
+        return self._engine.weights[self.version]
 
     @property
     def timings(self) -> dict[str, float]:
@@ -201,41 +211,50 @@ class LanguageModel(Living):
         self._check_open()
         if running not in ("finish", "continue"):
             raise InvalidOption(f"running is {running!r}; it must be 'finish' or 'continue'")
+        self._check_process()
         check_like(params, self._engine.executables.params)
-        return self._engine.swap(own(params, self.device), running == "continue")
+        placed = [over_leaves(place.put, self.graph.spec, copied(params)) for place in self.placements]
+        with self._swapping:
+            number = next(self._numbers)
+            for shard, params in zip(self._front.shards, placed, strict=True):
+                shard.engine.swap(params, running == "continue", number)
+        return number
 
     def renumber(self, version: int, numbers: Iterator[int]) -> None:
         """Be this version, and take the next `numbers` for those to come: a registry counts all of a name."""
-        self._engine.swap(self.params, True, version)
-        self._engine.numbers = numbers
+        with self._swapping:
+            for shard in self._front.shards:
+                shard.engine.swap(shard.engine.weights[self.version], True, version)
+            self._numbers = numbers
 
     @property
     def device(self) -> jax.Device:
-        return next(iter(self._engine.executables.sharding.device_set))
+        return self._engine.executables.place.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights, the pages, and what the largest Executable needs beside them."""
+        """Bytes of the weights, the pages, and what the largest Executable needs beside them, on each device."""
         executables = self._engine.executables
         arrays = jax.tree.leaves((executables.params, executables.state))
-        held = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+        held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
         return held + max((entry.bytes for entry in self.ledger), default=0)
 
     # Living.
 
     @property
-    def _admission(self) -> Admission:
-        return self._engine.queue
+    def _admissions(self) -> list[Admission]:
+        return [shard.engine.queue for shard in self._front.shards]
 
     @property
     def _busy(self) -> bool:
-        return self._delivery.busy
+        return any(shard.delivery.busy for shard in self._front.shards)
 
     def warmup(self) -> None:
         """Compile every bucket now, so that no request waits for a compile afterwards."""
         self._check_open()
         try:
-            self._engine.executables.warmup()
+            with ThreadPoolExecutor(len(self._front.shards)) as pool:
+                list(pool.map(lambda shard: shard.engine.executables.warmup(), self._front.shards))
         except (CancelledError, RuntimeError):
             self._check_open()
             raise
@@ -245,6 +264,11 @@ class LanguageModel(Living):
     def _check_open(self) -> None:
         if self._engine.closed:
             raise Closed()
+
+    def _check_process(self) -> None:
+        """Other processes make the engine's calls, and none but these."""
+        if not self._engine.executables.place.is_local:
+            raise InvalidOption("the weights lie on devices of several processes: they can be neither had nor swapped")
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -318,34 +342,19 @@ class LanguageModel(Living):
         asked_for, echo = request.prompt, ""
         if request.sampling.echo:
             echo = asked_for if isinstance(asked_for, str) else self.tokenizer.decode(sequences[0].tokens)
-        submitted, compiling = time.perf_counter(), self._prepare(sequences[0])
+        engine, delivery = self._front.pick(sequences[0].tokens)
+        submitted, compiling = time.perf_counter(), _prepare(engine, sequences[0])
         patience = min((s for s in (request.queue_timeout, request.timeout) if s is not None), default=None)
         try:
-            self._engine.queue.enter({s.id: s.prompt for s in sequences}, wait, patience)
+            engine.queue.enter({s.id: s.prompt for s in sequences}, wait, patience)
         except (Rejected, Expired) as error:
             reason = "expired" if isinstance(error, Expired) else "rejected"
             events.emit(events.RequestEnded(sequences[0].id, reason, sequences[0].prompt, 0))
             raise
-        delivery, engine = self._delivery, self._engine
         answer = Answer(lambda: delivery.abandon(ticket), on_piece)
         ticket = delivery.expect(request, sequences, answer, submitted, echo)
         _when_done(compiling, partial(_enter, engine, delivery, sequences))
         return answer, ticket
-
-    def _prepare(self, sequence: Sequence) -> list[Future]:
-        """Start compiling what only some requests need: it is there before they are admitted."""
-        sampling, executables = sequence.sampling, self._engine.executables
-        futures = []
-        if sampling.logits is not None:
-            busy = {s.sampling.logits for s in tuple(self._engine.scheduler.sequences.values())}
-            futures += executables.prepare_logits(sampling.logits, busy)
-        if sampling.edits:
-            futures += executables.prepare_kinds("history", "edited")
-        if sampling.logprobs is not None:
-            futures += executables.prepare_kinds("logprobs")
-        if sequence.task != "draw":
-            futures += executables.prepare_prompt(sequence.task, sequence.prompt)
-        return futures
 
     def _all(self, asked: list[tuple[Request, list[Sequence]]]) -> list[tuple[Output, Ticket]]:
         """Everything that is asked, in order; if one fails, the others are cancelled."""
@@ -356,6 +365,31 @@ class LanguageModel(Living):
         finally:
             for answer, _ in answers:
                 answer.cancel()
+
+
+def _statistics(engine: Engine) -> Statistics:
+    scheduler, tree = engine.scheduler, engine.scheduler.tree
+    pools = tree.pools.values()
+    return Statistics(
+        engine.queue.waiting, engine.queue.waiting_tokens, len(scheduler.running), scheduler.steps,
+        scheduler.preempted, scheduler.read, scheduler.reused,
+        sum(p.size for p in pools), sum(p.free for p in pools), sum(tree.pages.values()))
+
+
+def _prepare(engine: Engine, sequence: Sequence) -> list[Future]:
+    """Start compiling what only some requests need: it is there before they are admitted."""
+    sampling, executables = sequence.sampling, engine.executables
+    futures = []
+    if sampling.logits is not None:
+        busy = {s.sampling.logits for s in tuple(engine.scheduler.sequences.values())}
+        futures += executables.prepare_logits(sampling.logits, busy)
+    if sampling.edits:
+        futures += executables.prepare_kinds("history", "edited")
+    if sampling.logprobs is not None:
+        futures += executables.prepare_kinds("logprobs")
+    if sequence.task != "draw":
+        futures += executables.prepare_prompt(sequence.task, sequence.prompt)
+    return futures
 
 
 def _read_only(texts: Any, options: dict[str, Any]) -> list[Any]:
@@ -406,9 +440,3 @@ def _enter(engine: Engine, delivery: Delivery, sequences: list[Sequence], error:
             raise RequestFailed(f"what this request needs could not be compiled: {error}") from error
     except RequestFailed as failure:
         delivery.failed(sequences[0], failure)
-
-
-def _shut(engine: Engine, delivery: Delivery) -> None:
-    engine.close()
-    engine.executables.close()
-    delivery.close()

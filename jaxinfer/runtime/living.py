@@ -12,13 +12,13 @@ from jaxinfer.runtime.admission import Admission
 
 
 class Living:
-    """`_admission` is the queue's door, `_busy` says whether a request has not ended, and `_shut` (a
+    """`_admissions` are the doors of the queues, `_busy` says whether a request has not ended, and `_shut` (a
     `weakref.finalize`, so that it happens once) gives everything back."""
 
     _shut: Callable[[], object]
 
     @property
-    def _admission(self) -> Admission:
+    def _admissions(self) -> list[Admission]:
         raise NotImplementedError
 
     @property
@@ -27,9 +27,10 @@ class Living:
 
     def drain(self, seconds: float = 60.0) -> None:
         """Refuse what comes from now on, wait until what is here has ended (or for so many seconds), and close."""
-        self._admission.close()
+        for admission in self._admissions:
+            admission.close()
         end = time.monotonic() + seconds
-        while (self._admission.waiting or self._busy) and time.monotonic() < end:
+        while (any(admission.waiting for admission in self._admissions) or self._busy) and time.monotonic() < end:
             time.sleep(0.002)
         self.close()
 

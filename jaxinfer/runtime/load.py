@@ -6,16 +6,20 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from functools import partial
+from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxinfer import compiler, kernels
+from jaxinfer import compiler, events, kernels
 from jaxinfer.compiler import Executables, Key, default_ladder, invariant_ladder
 from jaxinfer.compiler.buckets import decode, prompt
+from jaxinfer.compiler.placement import Placement, spread
 from jaxinfer.errors import InvalidOption, UnsupportedModel
 from jaxinfer.frontend.architectures import DECODERS, architecture
 from jaxinfer.frontend.catalog import resolve
@@ -25,9 +29,12 @@ from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Encoder, Graph
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.delivery import Delivery
+from jaxinfer.runtime.devices import find_device, find_meshes
 from jaxinfer.runtime.engine import Engine
+from jaxinfer.runtime.followers import PARAMS, Follower, Leader, meet
 from jaxinfer.runtime.language import LanguageModel
 from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
+from jaxinfer.runtime.shards import Shard
 from jaxinfer.scheduler import Scheduler
 
 DTYPES = ("float32", "bfloat16")
@@ -42,7 +49,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
          memory: int | str | None = None, device: str | jax.Device | None = None,
-         known: Mapping[str, Any] | None = None) -> Any:
+         known: Mapping[str, Any] | None = None, mesh: Mapping[str, int] | None = None) -> Any:
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
     embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
 
@@ -63,6 +70,12 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     first.
     `known`: inputs of an .onnx file that are the same for every request, such as {"sr": 16000}: those that decide its
     shapes must be. There, `max_rows` are the requests of a batch; 1 asks for requests with the file's batch axis.
+    `mesh`: several devices of one kind. {"model": 2} cuts attention heads, feed-forward layers, vocabulary and KV
+    pages over two; an axis that cannot be divided is whole on each, which `lm.placements` and an event tell.
+    {"data": 2} serves requests on two shards, each with weights, pages, queue and `max_rows` of its own; a request
+    goes to the shard with the fewest. Both may be given; `memory` is that of each device. With several processes
+    (`jax.distributed`) all of them call `load`, process 0 gets the model and each other one a `Follower`, whose
+    `follow()` is to be called.
 
     Raises ModelNotFound, DownloadFailed, CorruptFile, UnsupportedModel, CheckpointMismatch (all problems of the
     weights at once), InvalidOption, OutOfMemory.
@@ -79,68 +92,80 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
     budget = planning.parse_bytes(memory) if memory is not None else None
     compiler.enable()
-    place, path = find_device(device), resolve(source)
+    meshes, path = find_meshes(mesh, device), resolve(source)
     if path.suffix == ".onnx":
-        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, "an ONNX file")
+        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, mesh, "an ONNX file")
         if graph is not None or dtype is not None or max_context is not None:
             raise InvalidOption("graph, dtype and max_context are not for an ONNX file, which says these itself")
-        return load_onnx_endpoint(path, known=known or {}, max_batch=max_rows, max_waiting=max_waiting, device=place)
+        return load_onnx_endpoint(path, known=known or {}, max_batch=max_rows, max_waiting=max_waiting,
+                                  device=find_device(device))
     if known is not None:
         raise InvalidOption(f"known is for inputs of an .onnx file; {source} is none")
     checkpoint = open_checkpoint(path)
     config, model = _model(checkpoint, graph, max_context)
     if isinstance(model, Encoder):
-        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, "an encoder")
+        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, "an encoder")
         return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
-                            max_waiting=max_waiting, device=place)
+                            max_waiting=max_waiting, device=find_device(device))
     if max_context is not None and max_context > model.max_context:
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(MAX_CONTEXT, model.max_context)
     number = _dtype(checkpoint, dtype)
     forced = INVARIANT if batch_invariant else {}
-    with kernels.tracing(place.platform, forced):
-        chunks = kernels.chunks(place.platform)
+    places = [spread(model, one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
+    for axis, why in places[0].replicated.items():
+        events.emit(events.Replicated(axis, why))
+    platform = places[0].device.platform
+    with kernels.tracing(platform, forced):
+        chunks = kernels.chunks(platform)
     ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
-    chunk = ladder.chunk
-    why = f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {place}"
+    chunk, several = ladder.chunk, not places[0].is_local
     groups = planning.page_groups(
         model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
-        budget=budget if budget is not None else int(SHARE * planning.available(place)), why=why,
-        most=CPU_PAGES if budget is None and place.platform == "cpu" else None,
+        budget=budget if budget is not None else int(SHARE * planning.free(places)), place=places[0],
+        why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
+        most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
     )
-    executables = Executables(
-        model, ladder, params=planning.abstract_params(model, number), max_rows=max_rows, device=place,
-        state=planning.abstract_state(model, groups, number), max_context=context, forced=forced,
-        table_width={group.name: -(-context // group.page_size) for group in groups},
-    )
-    try:
+    shapes: dict[str, Any] = dict(
+        params=planning.abstract_params(model, number), state=planning.abstract_state(model, groups, number),
+        max_rows=max_rows, max_context=context, forced=forced,
+        table_width={group.name: -(-context // group.page_size) for group in groups})
+    with ExitStack() as undo:
+        others = meet() if several else None
+        kind = partial(Leader, others) if isinstance(others, list) else Executables
+        each = [undo.enter_context(closing(kind(model, ladder, device=place, **shapes))) for place in places]
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
-        executables.prepare(Key("forward", first), Key("greedy", first.rows))  # while the weights are read
+        for executables in each:  # while the weights are read
+            executables.prepare(Key("forward", first), Key("greedy", first.rows))
         tokenizer = _tokenizer(checkpoint)
-        params = load_params(model, checkpoint.tensors, dtype=number, source=checkpoint.source,
-                             put=partial(jax.device_put, device=place))
-        executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))  # while the first prompt runs
-        eos = _eos(checkpoint, tokenizer)
-        make_state = partial(planning.empty_state, model, groups, number, place)
-        delivery = Delivery(tokenizer)
-        scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks, budget=ladder.budget)
-        try:
-            engine = Engine(executables, scheduler, params, make_state, delivery.tell, delivery.failed, place,
+        params = load_params(model, checkpoint.tensors, dtype=number, source=checkpoint.source, put=places[0].put)
+        for executables in each:  # while the first prompt runs
+            executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))
+        if isinstance(others, Connection):
+            undo.pop_all()
+            return Follower(others, each[0], params)
+        if isinstance(each[0], Leader):
+            each[0].keep(PARAMS, params)
+        eos, shards = _eos(checkpoint, tokenizer), []
+        for executables, place in zip(each, places, strict=True):
+            delivery = undo.enter_context(closing(Delivery(tokenizer)))
+            scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks, budget=ladder.budget)
+            if place is not places[0]:
+                params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, executables.params))
+            engine = Engine(executables, scheduler, params, delivery.tell, delivery.failed,
                             max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
-        except BaseException:
-            delivery.close()
-            raise
-    except BaseException:
-        executables.close()
-        raise
-    return LanguageModel(model, tokenizer, engine, delivery, config=config, eos=eos,
+            shards.append(Shard(undo.enter_context(closing(engine)), delivery))
+        undo.pop_all()
+    return LanguageModel(model, tokenizer, shards, config=config, eos=eos,
                          max_context=context, load_seconds=time.perf_counter() - start)
 
 
-def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, what: str) -> None:
+def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, mesh: Any,
+                       what: str) -> None:
     wrong = [name for name, given in (
         ("max_rows", max_rows != MAX_ROWS), ("max_waiting_tokens", max_waiting_tokens != MAX_WAITING_TOKENS),
-        ("batch_invariant", batch_invariant), ("memory", memory is not None)) if given]
+        ("batch_invariant", batch_invariant), ("memory", memory is not None),
+        ("mesh", mesh is not None)) if given]
     if wrong:
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
 
@@ -174,19 +199,6 @@ def _dtype(checkpoint: Checkpoint, dtype: str | None) -> Any:
     matrices = [t for t in checkpoint.tensors.values() if len(t.shape) > 1]
     exact = all(t.dtype == jnp.float32 and t.nbytes == 4 * math.prod(t.shape) for t in matrices)  # on disk as well
     return jnp.dtype("float32" if exact else "bfloat16")
-
-
-def find_device(device: str | jax.Device | None) -> jax.Device:
-    if device is None:
-        return jax.devices()[0]
-    if isinstance(device, jax.Device):
-        return device
-    kind, _, index = str(device).partition(":")
-    try:
-        return jax.devices(kind)[int(index or 0)]
-    except (RuntimeError, IndexError, ValueError):
-        present = ", ".join(sorted({f"{d.platform}:{d.id}" for d in jax.devices()} | {"cpu"}))
-        raise InvalidOption(f"device is {device!r}; present here: {present}") from None
 
 
 def _tokenizer(checkpoint: Checkpoint):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def load_encoder(checkpoint: Checkpoint, config: Any, model: Encoder, tokenizer:
     programs = Encoders(model, planning.abstract_params(model, dtype), pipeline.pooling, pipeline.normalise, device)
     try:
         params = load_params(model, checkpoint.tensors, dtype=dtype, source=checkpoint.source,
-                             put=partial(jax.device_put, device=device))
+                             put=lambda _, array: jax.device_put(array, device))
         return TextEncoder(model, programs, params, tokenizer, pipeline, encoder_ladder(longest), config=config,
                            max_delay=MAX_DELAY, max_waiting=max_waiting, name=Path(checkpoint.source).name)
     except BaseException:

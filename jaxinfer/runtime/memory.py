@@ -1,15 +1,18 @@
-"""How much memory a model gets, decided before anything is loaded; and the device's pages."""
+"""How much memory a model gets, decided before anything is loaded."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
+from jaxinfer.compiler.placement import Placement
 from jaxinfer.errors import InvalidOption, OutOfMemory
 from jaxinfer.graph import Encoder, Graph, Leaf, State
 from jaxinfer.kernels import init_pages
@@ -53,10 +56,27 @@ def available(device: jax.Device) -> int:
         return 4 * 2**30  # no /proc here: stay small
 
 
-def nbytes(spec: Any, dtype: Any) -> int:
-    """Bytes of the weights of a spec, in `dtype` but for the exact leaves."""
+def sharing(places: Sequence[Placement]) -> int:
+    """How many devices share one memory: all of a CPU's, which are made up."""
+    devices = [device for place in places for device in place.devices]
+    return len(devices) if devices[0].platform == "cpu" else 1
+
+
+def free(places: Sequence[Placement]) -> int:
+    """Bytes that are free on each device: the least there is on any of them, whichever process it is in."""
+    here = jax.process_index()
+    least = min(available(device) for place in places for device in place.devices if device.process_index == here)
+    least //= sharing(places)
+    if not places[0].is_local:  # in MiB, since JAX's integers have 32 bits
+        least = int(np.min(multihost_utils.process_allgather(np.int32(least >> 20)))) << 20
+    return least
+
+
+def nbytes(spec: Any, dtype: Any, place: Placement | None = None) -> int:
+    """Bytes of the weights of a spec, in `dtype` but for the exact leaves; those that each device of `place` holds."""
+    held = lambda leaf: place.of(leaf, leaf).shard_shape(leaf.shape) if place else leaf.shape
     leaves = jax.tree.leaves(spec, is_leaf=lambda x: isinstance(x, Leaf))
-    return sum(int(np.prod(leaf.shape)) * (4 if leaf.exact else jnp.dtype(dtype).itemsize) for leaf in leaves)
+    return sum(int(np.prod(held(leaf))) * (4 if leaf.exact else jnp.dtype(dtype).itemsize) for leaf in leaves)
 
 
 def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
@@ -67,21 +87,22 @@ def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
 
 
 def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, budget: int,
-                why: str, most: int | None = None) -> tuple[PageGroup, ...]:
+                why: str, most: int | None = None, place: Placement | None = None) -> tuple[PageGroup, ...]:
     """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights,
-    or what `most` bytes hold (but one full context at least).
+    or what `most` bytes hold (but one full context at least). All bytes are those of each device of `place`.
 
     Raises OutOfMemory, with the numbers, when not even one sequence of `max_context` tokens fits. `why` says where
     the budget came from.
     """
-    weights, scratch = nbytes(graph.spec, dtype), temporaries(graph, chunk, max_rows)
+    weights, scratch = nbytes(graph.spec, dtype, place), temporaries(graph, chunk, max_rows)
     one, page_bytes = {}, {}
     for group in graph.groups:
         full = PageGroup(group.name, PAGE_SIZE, 0, group.window)
         start = max(0, max_context - chunk)
         slack = group.window is not None
         one[group.name] = max(full.need(start, max_context), full.need(0, min(chunk, max_context))) + slack + 1
-        numbers = 2 * group.layers * PAGE_SIZE * group.kv_heads * group.head_width
+        heads = group.kv_heads // (place.shards("heads") if place else 1)
+        numbers = 2 * group.layers * PAGE_SIZE * heads * group.head_width
         page_bytes[group.name] = numbers * jnp.dtype(dtype).itemsize
     per_row = sum(one[name] * page_bytes[name] for name in one)
     rows = min(max_rows, (budget - weights - scratch) / per_row)
@@ -99,16 +120,6 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
     return tuple(PageGroup(g.name, PAGE_SIZE, int(rows * one[g.name]), g.window) for g in graph.groups)
 
 
-def empty_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any, device: jax.Device) -> State:
-    """The device's pages, zero. Made by XLA: memory of the host's that it merely aliases would be copied when the
-    first step donates it."""
-    def pages(g, p):
-        return init_pages(p.pages, PAGE_SIZE, g.kv_heads, g.head_width, dtype)
-
-    with jax.default_device(device):
-        return {g.name: [pages(g, p) for _ in range(g.layers)] for g, p in zip(graph.groups, groups, strict=True)}
-
-
 def abstract_params(graph: Graph | Encoder, dtype: Any) -> Any:
     """The shapes of the weights in `dtype`, but for the exact leaves."""
     shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.exact else dtype)
@@ -116,7 +127,7 @@ def abstract_params(graph: Graph | Encoder, dtype: Any) -> Any:
 
 
 def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any) -> State:
-    """The shapes of `empty_state`."""
+    """The shapes of the pages of every layer."""
     def pages(g, p):
         return jax.eval_shape(lambda: init_pages(p.pages, PAGE_SIZE, g.kv_heads, g.head_width, dtype))
 

@@ -181,7 +181,7 @@ class Served(Living):
 
     @property
     def device(self) -> jax.Device:
-        return next(iter(self._programs.sharding.device_set))
+        return self._programs.place.device
 
     @property
     def nbytes(self) -> int:
@@ -204,8 +204,8 @@ class Served(Living):
     # Living.
 
     @property
-    def _admission(self) -> Admission:
-        return self._runner.queue
+    def _admissions(self) -> list[Admission]:
+        return [self._runner.queue]
 
     @property
     def _busy(self) -> bool:

@@ -17,11 +17,15 @@ class Version(NamedTuple):
     params: Any
 
 
+def copied(params: Any) -> Any:
+    """The weights in memory of their own: who wrote numpy arrays may go on writing to them."""
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, params)
+
+
 def own(params: Any, device: jax.Device) -> Any:
-    """The weights on a device, in memory of their own: who wrote them goes on writing to theirs. Raises InvalidOption
-    for what is no array."""
+    """The weights on a device, in memory of their own. Raises InvalidOption for what is no array."""
     try:
-        return jax.device_put(jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, params), device)
+        return jax.device_put(copied(params), device)
     except TypeError as error:
         raise InvalidOption(f"params must be a pytree of arrays: {error}") from error
 

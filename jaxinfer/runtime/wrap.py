@@ -14,10 +14,10 @@ from jaxinfer.compiler.functions import Functions, LeafLike
 from jaxinfer.errors import InvalidOption
 from jaxinfer.frontend.modules import as_function
 from jaxinfer.runtime import memory as planning
+from jaxinfer.runtime.devices import find_device
 from jaxinfer.runtime.door import Door
 from jaxinfer.runtime.endpoint import Endpoint
 from jaxinfer.runtime.inert import check_inert
-from jaxinfer.runtime.load import find_device
 from jaxinfer.runtime.padded import BATCH, Ladders, NanPolicy
 from jaxinfer.runtime.versions import own
 

@@ -1,0 +1,69 @@
+"""Data parallelism: shards that serve requests apart, each with an engine, a queue, pages and a delivery of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from jaxinfer.compiler import Ledger
+from jaxinfer.runtime.delivery import Delivery
+from jaxinfer.runtime.engine import Engine
+from jaxinfer.runtime.memory import PAGE_SIZE
+
+MOST_HOMES = 4096  # beginnings of prompts that are remembered
+
+
+class Shard(NamedTuple):
+    engine: Engine
+    delivery: Delivery
+
+    @property
+    def load(self) -> int:
+        """Requests that wait or run."""
+        return self.engine.queue.waiting + len(self.engine.scheduler.running)
+
+    def close(self) -> None:
+        self.engine.close()
+        self.engine.executables.close()
+        self.delivery.close()
+
+
+class Front:
+    """Picks a request's shard; they share nothing but this."""
+
+    def __init__(self, shards: Sequence[Shard]):
+        self.shards = tuple(shards)
+        self._homes: dict[tuple[int, ...], Shard] = {}  # who last read such a first page, the latest last
+        self._lock = threading.Lock()
+
+    def pick(self, tokens: Sequence[int]) -> Shard:
+        """The shard with the fewest requests; or the one that has read such a beginning before, and may have it yet,
+        if the wait for a place there is not longer."""
+        if len(self.shards) == 1:
+            return self.shards[0]
+        least = min(self.shards, key=lambda shard: shard.load)
+        if len(tokens) <= PAGE_SIZE:
+            return least
+        first = tuple(tokens[:PAGE_SIZE])
+        with self._lock:
+            home = self._homes.pop(first, least)
+            chosen = home if home.load <= least.load + home.engine.scheduler.max_rows // 4 else least
+            self._homes[first] = chosen
+            if len(self._homes) > MOST_HOMES:
+                del self._homes[next(iter(self._homes))]
+        return chosen
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledgers of all shards, as one where there are several."""
+        ledgers = [shard.engine.executables.ledger for shard in self.shards]
+        if len(ledgers) == 1:
+            return ledgers[0]
+        named = [replace(e, name=f"{e.name} data={i}") for i, ledger in enumerate(ledgers) for e in ledger]
+        return Ledger({entry.name: entry for entry in named})
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.close()

@@ -1,0 +1,76 @@
+"""One model over two processes of `jax.distributed`: process 0 plans, and the other makes the same calls."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import jaxinfer as ji
+
+PROMPTS = ["The sky is blue because", "Once upon a time", "x", [(3 + 7 * i) % 320 for i in range(90)]]
+HOW = dict(max_tokens=12, ignore_eos=True)
+LOAD = dict(max_context=128, max_rows=2, batch_invariant=True)
+
+PROGRAM = """
+import json, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import jaxinfer as ji
+from jaxinfer.errors import InvalidOption, InvalidRequest
+from tests.test_processes import HOW, LOAD, answers
+
+def refused(kind, ask):
+    try:
+        ask()
+    except kind as error:
+        return str(error)
+
+alone = refused(InvalidOption, lambda: ji.load(sys.argv[3], mesh={"data": 2}))
+lm = ji.load(sys.argv[3], mesh={"model": 2}, **LOAD)
+if jax.process_index():
+    lm.follow()
+else:
+    told = {"answers": answers(lm), "data": alone, "params": refused(InvalidOption, lambda: lm.params),
+            "function": refused(InvalidRequest, lambda: lm("x", logits=lambda logits_V, context: logits_V))}
+    lm.close()
+    print(json.dumps(told))
+"""
+
+
+def answers(lm):
+    """Greedy, and drawn after edits."""
+    tokens = [list(output.tokens) for output in lm.generate(PROMPTS, **HOW)]
+    drawn = lm("x", temperature=0.9, seed=3, repetition_penalty=1.3, **HOW)
+    return [*tokens, list(drawn.tokens)]
+
+
+@pytest.fixture(scope="module")
+def told(tiny_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", PROGRAM, address]
+    both = [subprocess.Popen([*command, str(i), str(tiny_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}) for i in range(2)]
+    try:
+        ends = [process.communicate(timeout=300) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], "\n".join(error[-3000:] for _, error in ends)
+    return json.loads(ends[0][0].splitlines()[-1])
+
+
+def test_the_answers_are_those_of_one_process(tiny_path, told):
+    with ji.load(tiny_path, **LOAD) as lm:
+        assert told["answers"] == answers(lm)
+
+
+def test_what_several_processes_cannot_do_is_refused(told):
+    assert "it must have 'model' alone" in told["data"]
+    assert "several processes" in told["params"]
+    assert "cannot be sent to the other processes" in told["function"]
