@@ -86,7 +86,7 @@ class Functions(Programs):
         self.names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in found]
         if not found:
             raise InvalidOption("the function returns no array; it must return one at least")
-        if rows is None:
+        if rungs is None or rows is None:
             return
         fewer = rungs[-2] if len(rungs) > 1 else rows + 1
         try:

@@ -26,7 +26,7 @@ class Family:
     of the others' keys, whether positions begin after the padding id, and keys that are harmless in it."""
 
     names: Names
-    head: Mapping[str, str]
+    head: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reads: Mapping[str, str] = field(default_factory=dict)
     spelling: Mapping[str, str] = field(default_factory=dict)

@@ -44,7 +44,8 @@ def check_inert(functions: Functions, params: Any, ladders: Ladders, examples: l
 
 def _cut(rungs: tuple[int, ...]) -> int:
     """The size that is padded most on the way to the second rung, or to the only one."""
-    return rungs[0] + 1 if len(rungs) > 1 else -(-rungs[0] // 2)
+    first = rungs[0]
+    return first + 1 if len(rungs) > 1 else -(-first // 2)
 
 
 def _some(array: np.ndarray) -> np.ndarray:
