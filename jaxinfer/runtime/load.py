@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfer import compiler, kernels
+from jaxinfer import compiler
+from jaxinfer import kernels as ops
 from jaxinfer.compiler import Executables, Key, default_ladder, invariant_ladder
 from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.errors import InvalidOption, UnsupportedModel
@@ -42,7 +43,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
          memory: int | str | None = None, device: str | jax.Device | None = None,
-         known: Mapping[str, Any] | None = None) -> Any:
+         known: Mapping[str, Any] | None = None, kernels: Mapping[str, str] | None = None) -> Any:
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
     embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
 
@@ -63,6 +64,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     first.
     `known`: inputs of an .onnx file that are the same for every request, such as {"sr": 16000}: those that decide its
     shapes must be. There, `max_rows` are the requests of a batch; 1 asks for requests with the file's batch axis.
+    `kernels`: implementations that ops must take, such as {"attend": "by_page"}: names of `jaxinfer.kernels.OPS`, and
+    of what each has `available` on this platform, your own included (`Op.add`). `lm.ledger` says what was taken.
 
     Raises ModelNotFound, DownloadFailed, CorruptFile, UnsupportedModel, CheckpointMismatch (all problems of the
     weights at once), InvalidOption, OutOfMemory.
@@ -80,8 +83,9 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     budget = planning.parse_bytes(memory) if memory is not None else None
     compiler.enable()
     place, path = find_device(device), resolve(source)
+    forced = _forced(kernels, batch_invariant, place.platform)
     if path.suffix == ".onnx":
-        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, "an ONNX file")
+        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, kernels, "an ONNX file")
         if graph is not None or dtype is not None or max_context is not None:
             raise InvalidOption("graph, dtype and max_context are not for an ONNX file, which says these itself")
         return load_onnx_endpoint(path, known=known or {}, max_batch=max_rows, max_waiting=max_waiting, device=place)
@@ -90,27 +94,27 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     checkpoint = open_checkpoint(path)
     config, model = _model(checkpoint, graph, max_context)
     if isinstance(model, Encoder):
-        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, "an encoder")
+        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, kernels, "an encoder")
         return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
                             max_waiting=max_waiting, device=place)
     if max_context is not None and max_context > model.max_context:
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(MAX_CONTEXT, model.max_context)
     number = _dtype(checkpoint, dtype)
-    forced = INVARIANT if batch_invariant else {}
-    with kernels.tracing(place.platform, forced):
-        chunks = kernels.chunks(place.platform)
-    ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
-    chunk = ladder.chunk
     why = f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {place}"
-    groups = planning.page_groups(
-        model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
-        budget=budget if budget is not None else int(SHARE * planning.available(place)), why=why,
-        most=CPU_PAGES if budget is None and place.platform == "cpu" else None,
-    )
+    with ops.tracing(place.platform, forced):
+        chunks = ops.chunks(place.platform)
+        ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
+        chunk = ladder.chunk
+        groups = planning.page_groups(
+            model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
+            budget=budget if budget is not None else int(SHARE * planning.available(place)), why=why,
+            most=CPU_PAGES if budget is None and place.platform == "cpu" else None,
+        )
+        state = planning.abstract_state(model, groups, number)
     executables = Executables(
         model, ladder, params=planning.abstract_params(model, number), max_rows=max_rows, device=place,
-        state=planning.abstract_state(model, groups, number), max_context=context, forced=forced,
+        state=state, max_context=context, forced=forced,
         table_width={group.name: -(-context // group.page_size) for group in groups},
     )
     try:
@@ -121,7 +125,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
                              put=partial(jax.device_put, device=place))
         executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))  # while the first prompt runs
         eos = _eos(checkpoint, tokenizer)
-        make_state = partial(planning.empty_state, model, groups, number, place)
+        make_state = partial(planning.empty_state, state, place)
         delivery = Delivery(tokenizer)
         scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks, budget=ladder.budget)
         try:
@@ -137,10 +141,25 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
                          max_context=context, load_seconds=time.perf_counter() - start)
 
 
-def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, what: str) -> None:
+def _forced(kernels: Mapping[str, str] | None, batch_invariant: bool, platform: str) -> dict[str, str]:
+    """The implementations that ops must take."""
+    if not isinstance(kernels, Mapping | None):
+        raise InvalidOption(f"kernels is a {type(kernels).__name__}; it must map names of ops to implementations")
+    for name, how in (kernels or {}).items():
+        if name not in ops.OPS:
+            raise InvalidOption(f"kernels: there is no op {name!r}; there are {', '.join(sorted(ops.OPS))}")
+        if how not in (known := ops.OPS[name].available(platform)):
+            raise InvalidOption(f"kernels: {name} has no {how!r} on {platform}; it has {', '.join(known)}")
+        if batch_invariant and INVARIANT.get(name, how) != how:
+            raise InvalidOption(f"kernels: batch_invariant needs {name} to be {INVARIANT[name]!r}, not {how!r}")
+    return {**(kernels or {}), **(INVARIANT if batch_invariant else {})}
+
+
+def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, kernels: Any,
+                       what: str) -> None:
     wrong = [name for name, given in (
         ("max_rows", max_rows != MAX_ROWS), ("max_waiting_tokens", max_waiting_tokens != MAX_WAITING_TOKENS),
-        ("batch_invariant", batch_invariant), ("memory", memory is not None)) if given]
+        ("batch_invariant", batch_invariant), ("memory", memory is not None), ("kernels", kernels)) if given]
     if wrong:
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
 

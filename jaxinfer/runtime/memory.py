@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.errors import InvalidOption, OutOfMemory
-from jaxinfer.graph import Encoder, Graph, Leaf, State
+from jaxinfer.graph import Encoder, Graph, Leaf, State, StateGroup
 from jaxinfer.kernels import init_pages
 from jaxinfer.scheduler import PageGroup
 
@@ -75,14 +75,13 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
     the budget came from.
     """
     weights, scratch = nbytes(graph.spec, dtype), temporaries(graph, chunk, max_rows)
-    one, page_bytes = {}, {}
+    one = {}
+    page_bytes = {g.name: g.layers * sum(x.size * x.dtype.itemsize for x in _pages(g, 1, dtype)) for g in graph.groups}
     for group in graph.groups:
         full = PageGroup(group.name, PAGE_SIZE, 0, group.window)
         start = max(0, max_context - chunk)
         slack = group.window is not None
         one[group.name] = max(full.need(start, max_context), full.need(0, min(chunk, max_context))) + slack + 1
-        numbers = 2 * group.layers * PAGE_SIZE * group.kv_heads * group.head_width
-        page_bytes[group.name] = numbers * jnp.dtype(dtype).itemsize
     per_row = sum(one[name] * page_bytes[name] for name in one)
     rows = min(max_rows, (budget - weights - scratch) / per_row)
     if most is not None:
@@ -99,14 +98,11 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
     return tuple(PageGroup(g.name, PAGE_SIZE, int(rows * one[g.name]), g.window) for g in graph.groups)
 
 
-def empty_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any, device: jax.Device) -> State:
-    """The device's pages, zero. Made by XLA: memory of the host's that it merely aliases would be copied when the
-    first step donates it."""
-    def pages(g, p):
-        return init_pages(p.pages, PAGE_SIZE, g.kv_heads, g.head_width, dtype)
-
+def empty_state(shapes: State, device: jax.Device) -> State:
+    """The device's pages, zero, of the shapes that `abstract_state` found. Made by XLA: memory of the host's that it
+    merely aliases would be copied when the first step donates it."""
     with jax.default_device(device):
-        return {g.name: [pages(g, p) for _ in range(g.layers)] for g, p in zip(graph.groups, groups, strict=True)}
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def abstract_params(graph: Graph | Encoder, dtype: Any) -> Any:
@@ -116,8 +112,10 @@ def abstract_params(graph: Graph | Encoder, dtype: Any) -> Any:
 
 
 def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any) -> State:
-    """The shapes of `empty_state`."""
-    def pages(g, p):
-        return jax.eval_shape(lambda: init_pages(p.pages, PAGE_SIZE, g.kv_heads, g.head_width, dtype))
+    """The shapes of the device's pages, in the layout of what attends where this is `tracing`."""
+    return {g.name: [_pages(g, p.pages, dtype)] * g.layers for g, p in zip(graph.groups, groups, strict=True)}
 
-    return {g.name: [pages(g, p)] * g.layers for g, p in zip(graph.groups, groups, strict=True)}
+
+def _pages(group: StateGroup, pages: int, dtype: Any) -> Any:
+    """The shapes of so many pages of one layer."""
+    return jax.eval_shape(lambda: init_pages(pages, PAGE_SIZE, group.kv_heads, group.head_width, dtype))
