@@ -51,6 +51,7 @@ class Interleaved(NamedTuple):
     def fits(kv_heads: int, head_width: int, dtype) -> bool:
         """Whether the kernel compiles for such pages: heads are 128 wide and tile without padding. A lone bf16 head,
         which is read without strides, may be wider."""
+        dtype = jnp.dtype(dtype)
         half = dtype == jnp.bfloat16
         tiles = kv_heads in (1, 2, 4) or (kv_heads % 8 == 0 and half)
         wide = head_width == LANES or (head_width % LANES == 0 and kv_heads == 1 and half)
