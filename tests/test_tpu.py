@@ -71,20 +71,20 @@ def test_wide_heads_run_in_the_ragged_kernel_and_what_a_step_costs_is_as_planned
     executables = programs({**tiny.PLAIN, **WIDE}, device)
     weights, state = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
                       for tree in (executables.params, executables.state))
-    for key in (Key("forward", decode(8)), Key("forward", mixed(8, 128))):
-        program, chosen = compiled(executables, device, key)
-        memory = program.memory_analysis()
-        assert chosen["attend"] == "ragged"
-        assert memory.alias_size_in_bytes == state, "the pages are not donated, or not as large as planned"
-        assert weights + state < memory.argument_size_in_bytes < 1.01 * (weights + state)
-        assert memory.temp_size_in_bytes < 2**22, "pages or weights are copied"
-        # Each custom call whose cost is not known counts as -1 s; this kernel's does, too.
-        seconds, floor = program.cost_analysis()["optimal_seconds"] % 1, weights / BANDWIDTH[topology]
-        assert floor < seconds < 40 * floor, "the compiler predicts what cannot be"
+    program, chosen = compiled(executables, device, Key("forward", mixed(8, 128)))
+    memory = program.memory_analysis()
+    assert chosen["attend"] == "ragged"
+    assert memory.alias_size_in_bytes == state, "the pages are not donated, or not as large as planned"
+    assert weights + state < memory.argument_size_in_bytes < 1.01 * (weights + state)
+    assert memory.temp_size_in_bytes < 2**22, "pages or weights are copied"
+    # The compiler's own estimate: a custom call that it cannot estimate counts as -1 s, and the kernel as nothing.
+    seconds = program.cost_analysis()["optimal_seconds"] % 1
+    assert weights / BANDWIDTH[topology] < seconds < 20 * (weights + state) / BANDWIDTH[topology]
     executables.close()
 
 
-@pytest.mark.parametrize("config", [tiny.PLAIN, {**tiny.WINDOWED, **WIDE}, SMOLLM2], ids=["plain", "windowed", "smollm2"])
+@pytest.mark.parametrize("config", [tiny.PLAIN, {**tiny.WINDOWED, **WIDE}, SMOLLM2],
+                         ids=["plain", "windowed", "smollm2"])
 def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
     executables = programs(config, v5e)
     decoding = Key("forward", decode(8))

@@ -147,7 +147,8 @@ def _walk(q_RQNH, pages, table_RP, lens_R, kv_lens_R, scale, window, softcap, si
 
     start = (jnp.full((R, K, G * Q), NEVER), jnp.zeros((R, K, G * Q)), jnp.zeros((R, K, G * Q, H)))
     sinks_KX = None if sinks_N is None else jnp.repeat(sinks_N.reshape(K, G), Q, 1)
-    out_RKXH = _normalise(*lax.fori_loop(0, -(-ends_R[-1] // C), walk, start), sinks_KX)
+    top_RKX, sum_RKX, out_RKXH = lax.fori_loop(0, -(-ends_R[-1] // C), walk, start)
+    out_RKXH = _normalise(top_RKX, sum_RKX, out_RKXH, sinks_KX)
     return out_RKXH.reshape(R, K, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, H)
 
 
@@ -205,7 +206,8 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
     pages_to = jnp.where(run.valid_T, here_T // page_size + 1, 0).max()
     pages_from = jnp.where(run.valid_T, first_T, pages_to).min()
     sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
-    return _normalise(*lax.fori_loop(pages_from, pages_to, read, start), sinks_KG).reshape(T, N, H), pages
+    top_TKG, sum_TKG, out_TKGH = lax.fori_loop(pages_from, pages_to, read, start)
+    return _normalise(top_TKG, sum_TKG, out_TKGH, sinks_KG).reshape(T, N, H), pages
 
 
 def takes_plain(q_TNH, k_TKH, v_TKH, pages, run, *, sinks_N=None, **_) -> bool:
@@ -226,4 +228,5 @@ def chunks(platform: str) -> int | None:
     """Prompt chunks that a step may carry beside its decode rows; 0 keeps prompt and decode steps apart, None is any
     number. It is what the implementation that `attend` would take there can do without padding every row to the
     longest; the CPU, where a step waits for arithmetic and not for weights, gains nothing from sharing one."""
-    return CHUNKS.get((attend.choice(platform), platform))
+    how = attend.choice(platform)
+    return None if how in ("by_page", "reference") else CHUNKS.get((how, platform), CHUNKS["visits", platform])

@@ -46,6 +46,9 @@ class Case:
         like = lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x)
         return f"Case({jax.tree.map(like, self.args)}, {dict(self.arrays)}, {dict(self.options)})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print every number
+
 
 def call(function: Callable[..., Any], case: Case, args: tuple | None = None) -> Any:
     """What a function makes of a case, in numpy; compiled once for all cases of the same shapes and options."""

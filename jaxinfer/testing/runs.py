@@ -115,7 +115,7 @@ class Numbers:
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
-    pages: tuple[np.ndarray, np.ndarray]
+    pages: tuple[np.ndarray, ...]
 
     @classmethod
     def of(cls, ragged: RaggedRun, heads: tuple[int, int], dtype: str, width: int = 8, q_size: float = 2.0,
