@@ -89,7 +89,7 @@ def interleaved(pages) -> Interleaved:
 
 
 def test_every_implementation_reads_and_writes_the_interleaved_layout():
-    run, heads, dtype, _ = CASES["prompts and a row of no tokens, in a window"]
+    run, heads, dtype, _ = CASES["decode beside padded rows, capped"]
     q, k, v, pages = Numbers.of(run, heads, dtype, H).padded(run.shape, np.nan, dtype)
     for how in ("visits", "reference"):
         step = jax.jit(lambda pages, how=how: attend(q, k, v, pages, device(run), group=GROUP, scale=SCALE, how=how))
