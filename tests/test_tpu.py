@@ -83,8 +83,8 @@ def test_wide_heads_run_in_the_ragged_kernel_and_what_a_step_costs_is_as_planned
     executables.close()
 
 
-@pytest.mark.parametrize("config", [tiny.PLAIN, {**tiny.WINDOWED, **WIDE}, SMOLLM2],
-                         ids=["plain", "windowed", "smollm2"])
+@pytest.mark.parametrize("config", [tiny.PLAIN, {**tiny.WINDOWED, **WIDE}, tiny.ROUTED, SMOLLM2],
+                         ids=["plain", "windowed", "routed", "smollm2"])
 def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
     executables = programs(config, v5e)
     decoding = Key("forward", decode(8))
