@@ -72,12 +72,37 @@ class StateGroup:
 
 
 class Pages(NamedTuple):
-    """One layer's keys and values in pages; the attention op owns the layout (`kernels.attention`), which says the
-    logical `axes` of its arrays' first dimensions."""
+    """One layer's keys and values in pages `[pages, K, S, H]`: K KV heads, S slots, H head width.
+
+    The attention op owns the layout (`kernels.attention`), and this is the usual one. Any other is a tuple of arrays
+    with the same properties and methods: slots lie along `slot_axis` of each of its arrays, and pages along axis 0;
+    `axes` are the logical ones of its first dimensions.
+    """
 
     k: jax.Array
     v: jax.Array
     axes = None, "heads"
+    slot_axis = 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(pages, K, S, H), in every layout."""
+        return self.k.shape
+
+    @property
+    def dtype(self) -> Any:
+        """What queries and softmax weights are rounded to before they meet keys and values."""
+        return self.k.dtype
+
+    @classmethod
+    def entries(cls, k_TKH: jax.Array, v_TKH: jax.Array) -> Pages:
+        """What each token puts into its slot of each array."""
+        return cls(k_TKH, v_TKH)
+
+    def read(self, page: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The pages of these numbers, which must be in bounds: keys and values, both [..., K, S, H]."""
+        take = lambda pages: pages.at[page].get(mode="promise_in_bounds")
+        return take(self.k), take(self.v)
 
 
 @partial(jax.tree_util.register_dataclass,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jaxinfer.frontend.encoders import encoder_config
 from jaxinfer.graph import Leaf
 from jaxinfer.graphs import bert
+from jaxinfer.testing import SEEDS
 from tests.encoding import Bucket, logits_run, states_run
-from tests.strategies import SEEDS
 
 pytestmark = pytest.mark.usefixtures("strict")
 SHAPE = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,

@@ -22,7 +22,8 @@ from jaxinfer.kernels import (
 )
 from jaxinfer.kernels.edits import edit
 from jaxinfer.kernels.sampling import Draws
-from tests.strategies import SEEDS, EditRules, edit_rules
+from jaxinfer.testing import SEEDS
+from tests.strategies import EditRules, edit_rules
 
 pytestmark = pytest.mark.usefixtures("strict")
 R, V, S, L = 8, 97, 12, 40

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from jaxinfer.kernels import tracing
 from jaxinfer.kernels.encode import POOLS, attend_rows, first_R, normalise, pool
+from jaxinfer.testing import SEEDS
 from tests.encoding import Bucket, pack
-from tests.strategies import SEEDS
 
 pytestmark = pytest.mark.usefixtures("strict")
 N, H, SCALE = 3, 8, 0.4

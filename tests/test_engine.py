@@ -386,6 +386,14 @@ def test_a_graph_of_ones_own_runs_in_the_same_engine(tiny_path, lm):
         assert same("Once", max_tokens=12).tokens == lm("Once", max_tokens=12).tokens
 
 
+def test_kernels_are_forced_where_they_are_named_and_nowhere_else(tiny_path, lm):
+    with ji.load(tiny_path, max_context=256, max_rows=2, kernels={"attend": "reference"}) as other:
+        assert other("Once", max_tokens=8).tokens == lm("Once", max_tokens=8).tokens
+        chosen = [entry.kernels for entry in other.ledger if "attend" in entry.kernels]
+    assert chosen and all(c["attend"] == "reference" and c["matmul"] == "two_rows" for c in chosen)
+    assert {entry.kernels["attend"] for entry in lm.ledger if "attend" in entry.kernels} == {"visits"}
+
+
 @pytest.mark.parametrize(("options", "error", "message"), [
     ({"dtype": "float8"}, InvalidOption, "dtype is 'float8'"),
     ({"max_rows": 0}, InvalidOption, "max_rows is 0"),
@@ -396,6 +404,10 @@ def test_a_graph_of_ones_own_runs_in_the_same_engine(tiny_path, lm):
     ({"device": "abacus"}, InvalidOption, "device is 'abacus'; present here: cpu"),
     ({"graph": 3}, InvalidOption, "graph is a int"),
     ({"graph": lambda config: config}, InvalidOption, "graph made a Config"),
+    ({"kernels": "by_page"}, InvalidOption, "kernels is a str"),
+    ({"kernels": {"attention": "by_page"}}, InvalidOption, "no op 'attention'; there are attend, "),
+    ({"kernels": {"attend": "ragged"}}, InvalidOption, "attend has no 'ragged' on cpu; it has visits, by_page, refer"),
+    ({"kernels": {"attend": "visits"}, "batch_invariant": True}, InvalidOption, "batch_invariant needs attend to be"),
     ({"memory": "1MiB"}, OutOfMemory, "MiB for weights.*memory='1MiB' is 1 MiB"),
 ])
 def test_bad_options_are_refused_before_anything_is_loaded(tiny_path, options, error, message):

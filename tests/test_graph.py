@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Run, StateGroup, forward, hidden
 from jaxinfer.kernels import init_pages, tracing
+from jaxinfer.testing import DECODE, GROUP, MIXED, MIXED_SINGLES, SEEDS, ragged_runs
 from tests import tiny
-from tests.strategies import DECODE, GROUP, MIXED, MIXED_SINGLES, SEEDS, ragged_runs
 
 NAMES = st.text("abc.", min_size=1)
 

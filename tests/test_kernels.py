@@ -1,8 +1,7 @@
-"""Every kernel equals plain float64 numpy, and padding is inert: fixed shapes, random data, poison wherever nothing
-is. Axes as in `kernels.attention`."""
+"""Every reference equals plain float64 numpy, every kernel its reference, and padding is inert: fixed shapes, random
+data, poison wherever nothing is. Axes as in `kernels.attention`."""
 
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cache, partial
 
 import jax
@@ -13,117 +12,85 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.graph import Pages
-from jaxinfer.kernels import attend, layer_norm, matmul, rms_norm, rope, tracing
-from jaxinfer.kernels.attention import chunks, copy, write
-from tests.strategies import DECODE, GROUP, MIXED, MIXED_SINGLES, PROMPT, SEEDS, RaggedRun, RunShape, ragged_runs
+from jaxinfer.kernels import Op, attend, copy, layer_norm, matmul, rms_norm, rope, tracing, write
+from jaxinfer.kernels.attention import chunks
+from jaxinfer.testing import (
+    DECODE,
+    GROUP,
+    MIXED,
+    MIXED_SINGLES,
+    PROMPT,
+    SEEDS,
+    AttendCase,
+    Numbers,
+    attend_cases,
+    call,
+    check_op,
+    matmul_cases,
+    norm_cases,
+    ragged_runs,
+)
 
 pytestmark = pytest.mark.usefixtures("strict")
-H, SCALE = 8, 0.4
+H = 8
 JUNK = (-(2**31), 2**31 - 1)  # what tables hold where nobody may look
 
-
-@dataclass(frozen=True)
-class Case:
-    """What is compiled: a shape, N query heads on K KV heads, and how scores are masked and capped."""
-
-    shape: RunShape
-    heads: tuple[int, int]
-    window: int | None = None
-    cap: float | None = None
-    dtype: str = "float32"
-
-    @cache  # noqa: B019, one compile per case and implementation
-    def forced(self, ways: tuple[tuple[str, str], ...]):
-        def step(*args):
-            with tracing("cpu", dict(ways)):
-                return attend(*args, group=GROUP, scale=SCALE, window=self.window, softcap=self.cap)
-
-        return jax.jit(step)
-
-
 CASES = {
-    "decode": Case(DECODE, (6, 2)),
-    "decode in a window": Case(DECODE, (4, 4), window=6, dtype="bfloat16"),
-    "prompt": Case(PROMPT, (4, 2), cap=3.0, dtype="bfloat16"),
-    "prompt in a window": Case(PROMPT, (3, 1), window=1),
-    "mixed": Case(MIXED, (4, 2), dtype="bfloat16"),
-    "mixed in a window": Case(MIXED, (6, 2), window=7, cap=5.0),
-    "a prompt beside decode rows": Case(MIXED_SINGLES, (4, 2)),
-    "a prompt beside decode rows in a window": Case(MIXED_SINGLES, (6, 2), window=5, dtype="bfloat16"),
+    "decode": dict(shape=DECODE, heads=(6, 2)),
+    "decode in a window": dict(shape=DECODE, heads=(4, 4), window=6, dtype="bfloat16"),
+    "decode with sinks": dict(shape=DECODE, heads=(4, 2), sinks=True),
+    "prompt": dict(shape=PROMPT, heads=(4, 2), softcap=3.0, dtype="bfloat16"),
+    "prompt in a window": dict(shape=PROMPT, heads=(3, 1), window=1),
+    "mixed": dict(shape=MIXED, heads=(4, 2), dtype="bfloat16"),
+    "mixed in a window": dict(shape=MIXED, heads=(6, 2), window=7, softcap=5.0),
+    "a prompt beside decode rows": dict(shape=MIXED_SINGLES, heads=(4, 2)),
+    "a prompt beside decode rows in a window": dict(shape=MIXED_SINGLES, heads=(6, 2), window=5, dtype="bfloat16",
+                                                    sinks=True),
 }
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Random operands of a run, rounded to the pages' dtype: q, k and v of its real tokens, and what its rows have
-    read before, in pages [pages, K, S, H] with NaN in every slot that nobody has written."""
-
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    pages: tuple[np.ndarray, np.ndarray]
-
-    @classmethod
-    def of(cls, ragged: RaggedRun, heads: tuple[int, int], dtype: str) -> "Numbers":
-        rng, shape, (N, K) = np.random.default_rng(ragged.seed), ragged.shape, heads
-        draw = lambda *of: np.asarray(jnp.asarray(rng.normal(size=of) * 2, dtype), np.float32)
-        written = np.zeros((shape.pages, shape.S), bool)
-        for cached, first, table in zip(ragged.cached, ragged.first, ragged.tables, strict=True):
-            for at in range(first * shape.S, cached):
-                written[table[at // shape.S], at % shape.S] = True
-        pages = (np.where(written[:, None, :, None], draw(shape.pages, K, shape.S, H), np.nan) for _ in "kv")
-        T = ragged.ends[-1]
-        return cls(draw(T, N, H), draw(T, K, H), draw(T, K, H), tuple(pages))
-
-    def padded(self, shape: RunShape, poison: float, dtype: str) -> tuple:
-        """q, k, v and Pages for the op, with `poison` in padded tokens and in unwritten slots."""
-        pad = lambda x: np.concatenate([x, np.full((shape.tokens - len(x), *x.shape[1:]), poison, np.float32)])
-        fill = lambda page: jnp.asarray(np.where(np.isnan(page), poison, page), dtype)
-        return (*(jnp.asarray(pad(x)) for x in (self.q, self.k, self.v)), Pages(*map(fill, self.pages)))
-
-    def written(self, ragged: RaggedRun) -> list[np.ndarray]:
-        """The pages after the run, keys and values."""
-        pages = [page.copy() for page in self.pages]
-        for t, (table, at) in enumerate(ragged.tokens):
-            for page, new in zip(pages, (self.k, self.v), strict=True):
-                page[table[at // ragged.shape.S], :, at % ragged.shape.S] = new[t]
-        return pages
-
-    def attended(self, ragged: RaggedRun, case: Case) -> np.ndarray:
-        """Softmax attention in float64, token by token over all that its row has read."""
-        (N, K), S, out = case.heads, ragged.shape.S, np.empty((ragged.ends[-1], case.heads[0], H))
-        k_PSKH, v_PSKH = (page.swapaxes(1, 2).astype(np.float64) for page in self.written(ragged))
-        for t, (table, at) in enumerate(ragged.tokens):
-            seen = np.arange(0 if case.window is None else max(0, at - case.window + 1), at + 1)
-            slots = np.array(table)[seen // S], seen % S
-            k_SNH, v_SNH = np.repeat(k_PSKH[slots], N // K, 1), np.repeat(v_PSKH[slots], N // K, 1)
-            scores = np.einsum("nh,snh->ns", self.q[t], k_SNH) * SCALE
-            scores = scores if case.cap is None else case.cap * np.tanh(scores / case.cap)
-            weights = np.exp(scores - scores.max(1, keepdims=True))
-            out[t] = np.einsum("ns,snh->nh", weights / weights.sum(1, keepdims=True), v_SNH)
-        return out
+def attended(case: AttendCase) -> np.ndarray:
+    """Softmax attention in float64, token by token over all that its row has read."""
+    ragged, numbers = case.ragged, case.numbers
+    window, cap, scale = (case.options[name] for name in ("window", "softcap", "scale"))
+    S, (T, N, _), K = ragged.shape.S, numbers.q.shape, numbers.k.shape[1]
+    k_PSKH, v_PSKH = (page.swapaxes(1, 2).astype(np.float64) for page in numbers.written(ragged))
+    sinks_N = np.asarray(case.arrays.get("sinks_N", np.full(N, -np.inf)), np.float64)
+    out = np.empty((T, N, H))
+    for t, (table, at) in enumerate(ragged.tokens):
+        seen = np.arange(0 if window is None else max(0, at - window + 1), at + 1)
+        slots = np.array(table)[seen // S], seen % S
+        k_SNH, v_SNH = np.repeat(k_PSKH[slots], N // K, 1), np.repeat(v_PSKH[slots], N // K, 1)
+        scores = np.einsum("nh,snh->ns", numbers.q[t], k_SNH) * scale
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
+        top = np.maximum(scores.max(1), sinks_N)[:, None]
+        weights = np.exp(scores - top)
+        out[t] = np.einsum("ns,snh->nh", weights / (weights.sum(1, keepdims=True) + np.exp(sinks_N[:, None] - top)),
+                           v_SNH)
+    return out
 
 
 @pytest.mark.parametrize("name", CASES)
 @given(data=st.data())
 def test_attention_sees_what_its_row_has_read_and_nothing_else(name, data):
-    case = CASES[name]
-    ragged = data.draw(ragged_runs(case.shape, case.window))
-    numbers = Numbers.of(ragged, case.heads, case.dtype)
-    expected, real = numbers.attended(ragged, case), ragged.ends[-1]
-    for how in attend.available("cpu"):
-        outputs = []
-        for poison, junk in zip((np.nan, 4096.0), JUNK, strict=True):
-            q, k, v, pages = numbers.padded(case.shape, poison, case.dtype)
-            out, after = case.forced((("attend", how),))(q, k, v, pages, ragged.run(junk))
-            outputs.append(np.asarray(out)[:real])
-            for found, page in zip(after, numbers.written(ragged), strict=True):
-                np.testing.assert_array_equal(np.asarray(found, np.float32), np.where(np.isnan(page), poison, page))
-        np.testing.assert_array_equal(*outputs, err_msg="padding is not inert")
-        np.testing.assert_allclose(outputs[0], expected, atol=2e-5 if case.dtype == "float32" else 6e-2)
+    case = data.draw(attend_cases(**CASES[name]))
+    out, pages = call(attend.reference, case)
+    np.testing.assert_allclose(case.real((out, pages)), attended(case), atol=case.atol)
+    for found, page in zip(pages, case.numbers.written(case.ragged), strict=True):
+        np.testing.assert_array_equal(np.asarray(found, np.float32), page)  # NaN where nobody has written
+    check_op(attend, case, batch_invariant=("by_page",))
 
 
-SHARED = [name for name, case in CASES.items() if case.shape.rows > 1]
+@cache
+def forced(ways: tuple[tuple[str, str], ...], options: tuple):
+    def step(*args, **arrays):
+        with tracing("cpu", dict(ways)):
+            return attend(*args, **arrays, **dict(options))
+
+    return jax.jit(step)
+
+
+SHARED = [name for name, case in CASES.items() if case["shape"].rows > 1]
 WAYS = [*({"attend": how} for how in attend.available("cpu")), {"attend": "visits", "sum_by_row": "reference"}]
 
 
@@ -131,21 +98,21 @@ WAYS = [*({"attend": how} for how in attend.available("cpu")), {"attend": "visit
 @pytest.mark.parametrize("name", SHARED)
 @given(data=st.data())
 def test_a_rows_nan_stays_in_that_row(name, ways, data):
-    case = CASES[name]
-    ragged = data.draw(ragged_runs(case.shape, case.window))
-    numbers = Numbers.of(ragged, case.heads, case.dtype)
+    case, shape = data.draw(attend_cases(**CASES[name])), CASES[name]["shape"]
+    dtype = CASES[name].get("dtype", "float32")
+    ragged, numbers = case.ragged, case.numbers
     r = data.draw(st.integers(0, len(ragged.lens) - 1), label="row")
     broken = data.draw(st.sets(st.sampled_from(["q", "k", "v", "cached k", "cached v"]), min_size=1), label="broken")
     own = set(ragged.tables[r]).difference(*(table for i, table in enumerate(ragged.tables) if i != r))
-    mine = slice(ragged.ends[r] - ragged.lens[r], ragged.ends[r])
+    mine = ragged.mine(r)
     dirty = deepcopy(numbers)
     for what in broken:
         if what in ("q", "k", "v"):
             getattr(dirty, what)[mine] = np.nan
         else:
             dirty.pages["kv".index(what[-1])][sorted(own)] = np.nan
-    step = case.forced(tuple(ways.items()))
-    outputs = [np.asarray(step(*n.padded(case.shape, np.nan, case.dtype), ragged.run(0))[0]) for n in (numbers, dirty)]
+    step = partial(forced(tuple(ways.items()), tuple(case.options.items())), **case.arrays)
+    outputs = [np.asarray(step(*n.padded(shape, np.nan, dtype), ragged.run(0))[0]) for n in (numbers, dirty)]
     others = np.setdiff1d(np.arange(ragged.ends[-1]), np.arange(mine.start, mine.stop))
     np.testing.assert_array_equal(*(out[others] for out in outputs))
     assert np.isfinite(outputs[0][:ragged.ends[-1]]).all()
@@ -203,37 +170,36 @@ def test_copying_a_page_copies_no_pool():
 
 
 def test_what_attends_says_what_a_step_may_mix():
-    assert [chunks(platform) for platform in ("cpu", "gpu", "tpu")] == [0, 1, 1]
+    assert [chunks(platform) for platform in ("cpu", "gpu", "tpu")] == [0, None, 1]
     for how in ("by_page", "reference"):
         with tracing("cpu", {"attend": how}):
             assert chunks("cpu") is None
     with tracing("cpu"):
-        assert chunks("gpu") == 1, "the platform asked for decides, not the one being traced"
-    assert {attend.available(platform)[0] for platform in ("cpu", "gpu", "tpu")} == {"visits"}
+        assert chunks("gpu") is None, "the platform asked for decides, not the one being traced"
+    assert [attend.available(platform)[0] for platform in ("cpu", "gpu", "tpu")] == ["visits", "triton", "ragged"]
 
 
-@given(seed=SEEDS, rows=st.sampled_from([1, 2, 5]))
-def test_matmul_takes_one_row_as_it_takes_many(seed, rows):
-    rng = np.random.default_rng(seed)
-    x, w = rng.normal(size=(rows, 64)).astype(np.float32), rng.normal(size=(48, 64)).astype(np.float32)
-    for how in matmul.available("cpu"):
-        np.testing.assert_allclose(matmul(jnp.asarray(x), jnp.asarray(w), how=how), x @ w.T, atol=1e-4)
-        half = matmul(jnp.asarray(x), jnp.asarray(w, jnp.bfloat16), how=how)
-        assert half.dtype == jnp.float32 and half.shape == (rows, 48)
-        rounded = [np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (x, w)]
-        np.testing.assert_allclose(half, rounded[0] @ rounded[1].T, atol=1e-4)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@given(data=st.data())
+def test_matmul_takes_one_row_as_it_takes_many(rows, dtype, data):
+    case = data.draw(matmul_cases(rows, dtype=dtype))
+    x, w = (np.asarray(array.astype(dtype), np.float64) for array in case.args)
+    found = call(matmul.reference, case)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, x @ w.T, atol=case.atol)
+    check_op(matmul, case)
 
 
-@given(seed=SEEDS, scale=st.sampled_from([1e-3, 1.0, 1e3]))
-def test_norms_equal_float64(seed, scale):
-    rng = np.random.default_rng(seed)
-    x, w, b = rng.normal(size=(5, 32)) * scale, rng.normal(size=32), rng.normal(size=32)
-    f = lambda a: jnp.asarray(a, jnp.float32)
+@given(case=norm_cases(offset=1.0))
+def test_norms_equal_float64(case):
+    x, w = (np.asarray(array, np.float64) for array in case.args)
     rms = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * (1 + w)
-    np.testing.assert_allclose(rms_norm(f(x), f(w), 1e-5, 1.0), rms, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(call(rms_norm, case), rms, rtol=case.rtol, atol=case.atol)
     centred = x - x.mean(-1, keepdims=True)
-    layer = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w + b
-    np.testing.assert_allclose(layer_norm(f(x), f(w), f(b), 1e-5), layer, rtol=2e-4, atol=2e-4)
+    layer = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w + w[::-1]
+    x, w = case.args
+    np.testing.assert_allclose(layer_norm(x, w, w[::-1], 1e-5), layer, rtol=2e-4, atol=2e-4)
 
 
 @given(seed=SEEDS, width=st.sampled_from([8, 16]))
@@ -250,3 +216,16 @@ def test_rope_turns_pairs_as_complex_numbers(seed, width):
 def test_an_op_refuses_an_implementation_it_does_not_have():
     with pytest.raises(ValueError, match="matmul has no implementation 'abacus'; it has"):
         matmul(jnp.ones((2, 2)), jnp.ones((2, 2)), how="abacus")
+
+
+def test_an_implementation_of_ones_own_is_taken_where_it_is_forced_or_the_only_one_for_a_call():
+    op = Op("halve", reference=lambda x: x / 2, fast={"shift": (("cpu",), lambda x: x >> 1, lambda x: x % 2 == 0)})
+    op.add("mine", ("cpu",), lambda x: x * 0.5, takes=lambda x: x > 0)
+    assert (op(4), op(3), op(-3), op(4, how="mine")) == (2, 1.5, -1.5, 2.0)
+    assert op.available("cpu") == ["shift", "mine", "reference"] and op.available("tpu") == ["reference"]
+    with tracing("cpu", {"halve": "mine"}) as trace:
+        assert type(op(4)) is float and trace.chosen == {"halve": "mine"}
+        with pytest.raises(ValueError, match="halve: 'mine' was asked for, and is not for a call"):
+            op(-4)
+    with pytest.raises(ValueError, match="cannot be replaced"):
+        op.add("reference", ("cpu",), abs)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.kernels import TOP, Logprobs, logprobs, prompt_logprobs
-from tests.strategies import SEEDS
+from jaxinfer.testing import SEEDS
 
 pytestmark = pytest.mark.usefixtures("strict")
 R, T = 8, 70

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import jaxinfer as ji
 from jaxinfer.kernels import moe, route, routed_ffn, tracing
+from jaxinfer.testing import SEEDS
 from tests import tiny
-from tests.strategies import SEEDS
 
 E, A, D, F = 5, 2, 16, 24
 WAYS = ["blocks", "chunks", "reference"]

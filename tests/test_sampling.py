@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from jaxinfer.kernels import sample, sample_greedy
 from jaxinfer.kernels.sampling import Draws
-from tests.strategies import SEEDS, Rules, sampling_rules
+from jaxinfer.testing import SEEDS
+from tests.strategies import Rules, sampling_rules
 
 pytestmark = pytest.mark.usefixtures("strict")
 R, V, S = 32, 97, 8

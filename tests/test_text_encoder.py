@@ -171,7 +171,8 @@ def test_what_is_no_text_is_refused(encoder, path):
                            (("w1 " * 50, "w2 " * 50), "the pair has 103 tokens; at most 64 fit")):
         with pytest.raises(InvalidRequest, match=message):
             encoder(wrong)
-    for option in (dict(batch_invariant=True), dict(max_rows=2), dict(memory="1GiB")):
+    for option in (dict(batch_invariant=True), dict(max_rows=2), dict(memory="1GiB"),
+                   dict(kernels={"attend_rows": "blocks"})):
         with pytest.raises(InvalidOption, match=f"{next(iter(option))} cannot be given for an encoder"):
             ji.load(path, **option)
 

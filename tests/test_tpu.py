@@ -4,8 +4,11 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+from jaxinfer import kernels
 from jaxinfer.compiler import Executables, Key, default_ladder
 from jaxinfer.compiler.buckets import decode, mixed, prompt
 from jaxinfer.compiler.encoders import Encoders, encoder_ladder
@@ -18,41 +21,93 @@ SMOLLM2 = {**tiny.PLAIN, "vocab_size": 49152, "hidden_size": 576, "intermediate_
            "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 30}
 
 
-@pytest.fixture(scope="module")
-def v5e():
-    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'jaxinfer[tpu]'")
-    from jax.experimental import topologies
+WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "hidden_size": 512}  # as Pallas wants it
+GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 256, "n_head": 2, "n_layer": 2, "n_positions": 1024}
+BANDWIDTH = {"v5e:1x1": 819e9, "v5p:2x2x1": 2765e9, "v6e:1x1": 1640e9}  # of a chip's HBM, bytes/s
 
+
+@pytest.fixture(scope="module")
+def libtpu():
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'jaxinfer[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     jax.config.update("jax_enable_compilation_cache", False)  # it would look for a client of this platform
-    one = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
-    yield one.devices[0]
+    yield
     jax.config.update("jax_enable_compilation_cache", True)
 
 
-@pytest.mark.parametrize("config", [tiny.PLAIN, tiny.WINDOWED, tiny.ROUTED, SMOLLM2],
-                         ids=["plain", "windowed", "routed", "smollm2"])
-def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
+def chip(topology: str) -> jax.Device:
+    from jax.experimental import topologies
+
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices[0]
+
+
+@pytest.fixture(scope="module")
+def v5e(libtpu):
+    return chip("v5e:1x1")
+
+
+def programs(config: dict, device: jax.Device) -> Executables:
     graph, dtype = architecture(config, max_context=1024).graph(), jnp.dtype(jnp.bfloat16)
     size = dict(dtype=dtype, max_context=1024, max_rows=8, chunk=512, budget=16 << 30, why="HBM")
-    groups = planning.page_groups(graph, **size)
-    executables = Executables(
-        graph, default_ladder(8, 1024, chunks=1),
-        params=planning.abstract_params(graph, dtype), max_rows=8, max_context=1024, device=v5e,
-        state=planning.abstract_state(graph, groups, dtype), table_width={g.name: 16 for g in groups},
+    with kernels.tracing("tpu"):
+        groups = planning.page_groups(graph, **size)
+        state = planning.abstract_state(graph, groups, dtype)
+    return Executables(
+        graph, default_ladder(8, 1024, chunks=1), params=planning.abstract_params(graph, dtype), max_rows=8,
+        max_context=1024, device=device, state=state, table_width={g.name: 16 for g in groups},
     )
+
+
+def compiled(executables: Executables, device: jax.Device, key: Key):
+    """The program, and the implementations it took. Pallas asks the mesh which TPU it is for."""
+    with kernels.tracing("tpu") as traced, jax.set_mesh(Mesh(np.array([device]), ("x",))):
+        return executables.lower(key).compile(), traced.chosen
+
+
+@pytest.mark.parametrize("topology", BANDWIDTH)
+def test_wide_heads_run_in_the_ragged_kernel_and_what_a_step_costs_is_as_planned(libtpu, topology):
+    device = chip(topology)
+    executables = programs({**tiny.PLAIN, **WIDE}, device)
+    weights, state = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+                      for tree in (executables.params, executables.state))
+    program, chosen = compiled(executables, device, Key("forward", mixed(8, 128)))
+    memory = program.memory_analysis()
+    assert chosen["attend"] == "ragged"
+    assert memory.alias_size_in_bytes == state, "the pages are not donated, or not as large as planned"
+    assert weights + state < memory.argument_size_in_bytes < 1.01 * (weights + state)
+    assert memory.temp_size_in_bytes < 2**22, "pages or weights are copied"
+    # The compiler's own estimate: a custom call that it cannot estimate counts as -1 s, and the kernel as nothing.
+    seconds = program.cost_analysis()["optimal_seconds"] % 1
+    assert weights / BANDWIDTH[topology] < seconds < 20 * (weights + state) / BANDWIDTH[topology]
+    executables.close()
+
+
+@pytest.mark.parametrize("config", [tiny.PLAIN, {**tiny.WINDOWED, **WIDE}, tiny.ROUTED, SMOLLM2],
+                         ids=["plain", "windowed", "routed", "smollm2"])
+def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
+    executables = programs(config, v5e)
     decoding = Key("forward", decode(8))
     keys = (decoding, Key("forward", prompt(128)), Key("forward", mixed(8, 128)), Key("sample", 8))
     if config is tiny.PLAIN:  # what every step may be followed by, and what prompts may be read for
         keys += (Key("greedy", 8), Key("edited", 8), Key("logprobs", 8), Key("copy"), Key("history"),
                  Key("steps", decode(8, 8)), Key("score", prompt(128)), Key("embed", prompt(128)))
-    compiled = {key: executables.lower(key).compile() for key in keys}
-    for key, program in compiled.items():
+    made = {key: compiled(executables, v5e, key) for key in keys}
+    for key, (program, _) in made.items():
         assert program.memory_analysis().temp_size_in_bytes < 2**30, key
-    memory = compiled[decoding].memory_analysis()
-    assert compiled[decoding].cost_analysis()["flops"] > 0
-    assert memory.argument_size_in_bytes > planning.nbytes(graph.spec, dtype)
+    program, chosen = made[decoding]
+    memory = program.memory_analysis()
+    assert chosen["attend"] == ("ragged" if config.get("head_dim") == 128 else "visits")
+    assert program.cost_analysis()["flops"] > 0
+    assert memory.argument_size_in_bytes > planning.nbytes(executables.graph.spec, jnp.bfloat16)
     assert memory.alias_size_in_bytes > 0, "the pages are not donated"
+    executables.close()
+
+
+def test_gpt2_compiles_for_a_v5e(v5e):
+    executables = programs(GPT2, v5e)
+    program, chosen = compiled(executables, v5e, Key("forward", decode(8)))
+    assert chosen["attend"] == "ragged" and program.memory_analysis().temp_size_in_bytes < 2**22
     executables.close()
 
 

@@ -1,6 +1,6 @@
 """Ops: a reference that defines each, faster implementations by platform, and what they own (the page layout)."""
 
-from jaxinfer.kernels.attention import attend, chunks, copy, init_pages
+from jaxinfer.kernels.attention import attend, chunks, init_pages
 from jaxinfer.kernels.dense import layer_norm, matmul, rms_norm, rope, split
 from jaxinfer.kernels.edits import (
     BIASES,
@@ -13,11 +13,12 @@ from jaxinfer.kernels.edits import (
 )
 from jaxinfer.kernels.logprobs import TOP, Logprobs, logprobs, prompt_logprobs
 from jaxinfer.kernels.moe import route, routed_ffn
-from jaxinfer.kernels.op import Op, tracing
+from jaxinfer.kernels.op import OPS, Op, tracing
+from jaxinfer.kernels.pages import copy, write
 from jaxinfer.kernels.sampling import sample, sample_greedy
 
 __all__ = [
-    "BIASES", "TOP", "Context", "Edits", "Logprobs", "Op", "attend", "begin_history", "check_logits_function",
+    "BIASES", "OPS", "TOP", "Context", "Edits", "Logprobs", "Op", "attend", "begin_history", "check_logits_function",
     "chunks", "copy", "edit_logits", "init_pages", "layer_norm", "logprobs", "matmul", "prompt_logprobs", "rms_norm",
-    "rope", "route", "routed_ffn", "sample", "sample_edited", "sample_greedy", "split", "tracing",
+    "rope", "route", "routed_ffn", "sample", "sample_edited", "sample_greedy", "split", "tracing", "write",
 ]

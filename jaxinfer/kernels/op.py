@@ -3,6 +3,11 @@
 The choice is made while an Executable is traced: by name if forced, else the platform's own, else the reference.
 Where it is traced for several devices, an op that says along which logical axes its arrays may be cut runs on each
 device's own piece; what says nothing is left to XLA's partitioner.
+
+>>> double = Op("double", reference=lambda x: x + x)
+>>> double.add("shift", ("cpu",), lambda x: x << 1, takes=lambda x: isinstance(x, int))
+>>> double(3, how="shift"), double(3), double(0.5), double.available("cpu")
+(6, 6, 1.0, ['shift', 'reference'])
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -78,34 +84,57 @@ def whole(x: jax.Array, axes: Axes) -> jax.Array:
     for spec in (now.spec(axes), PartitionSpec()):
         x = jax.lax.with_sharding_constraint(x, NamedSharding(now.mesh, spec))
     return x
+OPS: WeakValueDictionary[str, Op] = WeakValueDictionary()  # by name, for whoever forces an implementation
 
 
 @dataclass(frozen=True)
 class Op:
     """`reference` says what is computed; each of `fast` computes the same on the platforms named.
 
-    `fast` maps an implementation's name to (platforms, function). `cut` is for an op whose results along a logical
-    axis depend on nothing but its arguments there: it gets the positional ones, and says which axes they all have.
+    `fast` maps an implementation's name to (platforms, function), or to (platforms, function, takes) if it is not for
+    every call: `takes` gets the call's arguments, and says whether this one is. `cut` is for an op whose results along
+    a logical axis depend on nothing but its arguments there: it gets the positional ones, and says which axes they all
+    have.
     """
 
     name: str
     reference: Callable[..., Any]
-    fast: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = field(default_factory=dict)
+    fast: dict[str, tuple] = field(default_factory=dict)
     cut: Callable[..., Cut] | None = None
+
+    def __post_init__(self):
+        OPS[self.name] = self
+
+    def add(self, name: str, platforms: tuple[str, ...], function: Callable[..., Any],
+            takes: Callable[..., bool] | None = None) -> None:
+        """Add an implementation, or replace one. It stands behind those that were there before: it runs where it is
+        forced (`how=`, `tracing`, `ji.load(kernels=...)`), and where none of them is for the call."""
+        if name == "reference":
+            raise ValueError(f"the reference says what {self.name} is; it cannot be replaced")
+        self.fast[name] = (platforms, function, takes) if takes else (platforms, function)
 
     def available(self, platform: str = "cpu") -> list[str]:
         """The implementations that `platform` can run, best first; the reference runs everywhere."""
-        return [name for name, (platforms, _) in self.fast.items() if platform in platforms] + ["reference"]
+        return [name for name, (platforms, *_) in self.fast.items() if platform in platforms] + ["reference"]
 
-    def choice(self, platform: str | None = None, how: str | None = None) -> str:
-        """The implementation that a call takes: `how`, else the one forced by `tracing`, else the platform's best.
+    def takes(self, how: str, *args: Any, **kwargs: Any) -> bool:
+        """Whether the implementation of this name is for such a call."""
+        _, _, *limits = self.fast.get(how, ((), None))
+        return all(limit(*args, **kwargs) for limit in limits)
 
-        Raises ValueError where there is none of that name.
+    def choice(self, platform: str | None = None, how: str | None = None,
+               takes: Callable[[str], bool] = lambda how: True) -> str:
+        """The implementation that is taken: `how`, else the one forced by `tracing`, else the platform's best of those
+        that are for the call (`takes`).
+
+        Raises ValueError where there is none of that name, or where it is not for the call.
         """
         now = _tracing.get() or Tracing(platform or jax.default_backend())
-        how = how or now.forced.get(self.name) or self.available(platform or now.platform)[0]
+        how = how or now.forced.get(self.name) or next(filter(takes, self.available(platform or now.platform)))
         if how not in (*self.fast, "reference"):
             raise ValueError(f"{self.name} has no implementation {how!r}; it has {[*self.fast, 'reference']}")
+        if not takes(how):
+            raise ValueError(f"{self.name}: {how!r} was asked for, and is not for a call with these arguments")
         return how
 
     def __call__(self, *args: Any, how: str | None = None, **kwargs: Any) -> Any:
@@ -121,7 +150,7 @@ class Op:
         return jax.shard_map(run, mesh=now.mesh, in_specs=specs, out_specs=out, check_vma=False)([*args], named)
 
     def _run(self, how: str | None, kwargs: dict[str, Any], *args: Any) -> Any:
-        how, now = self.choice(how=how), _tracing.get()
+        how, now = self.choice(how=how, takes=lambda how: self.takes(how, *args, **kwargs)), _tracing.get()
         if now:
             now.chosen[self.name] = how
         return (self.reference if how == "reference" else self.fast[how][1])(*args, **kwargs)

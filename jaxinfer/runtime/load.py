@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxinfer import compiler, events, kernels
+from jaxinfer import compiler, events
+from jaxinfer import kernels as ops
 from jaxinfer.compiler import Executables, Key, default_ladder, invariant_ladder
 from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.compiler.placement import Placement, spread
@@ -49,7 +50,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
          memory: int | str | None = None, device: str | jax.Device | None = None,
-         known: Mapping[str, Any] | None = None, mesh: Mapping[str, int] | None = None) -> Any:
+         known: Mapping[str, Any] | None = None, mesh: Mapping[str, int] | None = None,
+         kernels: Mapping[str, str] | None = None) -> Any:
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
     embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
 
@@ -76,6 +78,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     goes to the shard with the fewest. Both may be given; `memory` is that of each device. With several processes
     (`jax.distributed`) all of them call `load`, process 0 gets the model and each other one a `Follower`, whose
     `follow()` is to be called.
+    `kernels`: implementations that ops must take, such as {"attend": "by_page"}: names of `jaxinfer.kernels.OPS`, and
+    of what each has `available` on this platform, your own included (`Op.add`). `lm.ledger` says what was taken.
 
     Raises ModelNotFound, DownloadFailed, CorruptFile, UnsupportedModel, CheckpointMismatch (all problems of the
     weights at once), InvalidOption, OutOfMemory.
@@ -93,8 +97,9 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     budget = planning.parse_bytes(memory) if memory is not None else None
     compiler.enable()
     meshes, path = find_meshes(mesh, device), resolve(source)
+    forced = _forced(kernels, batch_invariant, find_device(device).platform)
     if path.suffix == ".onnx":
-        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, mesh, "an ONNX file")
+        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, mesh, kernels, "an ONNX file")
         if graph is not None or dtype is not None or max_context is not None:
             raise InvalidOption("graph, dtype and max_context are not for an ONNX file, which says these itself")
         return load_onnx_endpoint(path, known=known or {}, max_batch=max_rows, max_waiting=max_waiting,
@@ -104,32 +109,31 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     checkpoint = open_checkpoint(path)
     config, model = _model(checkpoint, graph, max_context)
     if isinstance(model, Encoder):
-        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, "an encoder")
+        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, "an encoder")
         return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
                             max_waiting=max_waiting, device=find_device(device))
     if max_context is not None and max_context > model.max_context:
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(MAX_CONTEXT, model.max_context)
     number = _dtype(checkpoint, dtype)
-    forced = INVARIANT if batch_invariant else {}
     places = [spread(model, one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
     for axis, why in places[0].replicated.items():
         events.emit(events.Replicated(axis, why))
     platform = places[0].device.platform
-    with kernels.tracing(platform, forced):
-        chunks = kernels.chunks(platform)
-    ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
-    chunk, several = ladder.chunk, not places[0].is_local
-    groups = planning.page_groups(
-        model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
-        budget=budget if budget is not None else int(SHARE * planning.free(places)), place=places[0],
-        why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
-        most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
-    )
+    with ops.tracing(platform, forced):
+        chunks = ops.chunks(platform)
+        ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
+        chunk, several = ladder.chunk, not places[0].is_local
+        groups = planning.page_groups(
+            model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
+            budget=budget if budget is not None else int(SHARE * planning.free(places)), place=places[0],
+            why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
+            most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
+        )
+        state = planning.abstract_state(model, groups, number)
     shapes: dict[str, Any] = dict(
-        params=planning.abstract_params(model, number), state=planning.abstract_state(model, groups, number),
-        max_rows=max_rows, max_context=context, forced=forced,
-        table_width={group.name: -(-context // group.page_size) for group in groups})
+        params=planning.abstract_params(model, number), state=state, max_rows=max_rows, max_context=context,
+        forced=forced, table_width={group.name: -(-context // group.page_size) for group in groups})
     with ExitStack() as undo:
         others = meet() if several else None
         kind = partial(Leader, others) if isinstance(others, list) else Executables
@@ -160,12 +164,26 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
                          max_context=context, load_seconds=time.perf_counter() - start)
 
 
+def _forced(kernels: Mapping[str, str] | None, batch_invariant: bool, platform: str) -> dict[str, str]:
+    """The implementations that ops must take."""
+    if not isinstance(kernels, Mapping | None):
+        raise InvalidOption(f"kernels is a {type(kernels).__name__}; it must map names of ops to implementations")
+    for name, how in (kernels or {}).items():
+        if name not in ops.OPS:
+            raise InvalidOption(f"kernels: there is no op {name!r}; there are {', '.join(sorted(ops.OPS))}")
+        if how not in (known := ops.OPS[name].available(platform)):
+            raise InvalidOption(f"kernels: {name} has no {how!r} on {platform}; it has {', '.join(known)}")
+        if batch_invariant and INVARIANT.get(name, how) != how:
+            raise InvalidOption(f"kernels: batch_invariant needs {name} to be {INVARIANT[name]!r}, not {how!r}")
+    return {**(kernels or {}), **(INVARIANT if batch_invariant else {})}
+
+
 def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, mesh: Any,
-                       what: str) -> None:
+                       kernels: Any, what: str) -> None:
     wrong = [name for name, given in (
         ("max_rows", max_rows != MAX_ROWS), ("max_waiting_tokens", max_waiting_tokens != MAX_WAITING_TOKENS),
-        ("batch_invariant", batch_invariant), ("memory", memory is not None),
-        ("mesh", mesh is not None)) if given]
+        ("batch_invariant", batch_invariant), ("memory", memory is not None), ("mesh", mesh is not None),
+        ("kernels", kernels)) if given]
     if wrong:
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
 

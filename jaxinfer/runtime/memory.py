@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from jaxinfer.compiler.placement import Placement
 from jaxinfer.errors import InvalidOption, OutOfMemory
-from jaxinfer.graph import Encoder, Graph, Leaf, State
+from jaxinfer.graph import Encoder, Graph, Leaf, State, StateGroup
 from jaxinfer.kernels import init_pages
 from jaxinfer.scheduler import PageGroup
 
@@ -95,15 +95,14 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
     the budget came from.
     """
     weights, scratch = nbytes(graph.spec, dtype, place), temporaries(graph, chunk, max_rows)
-    one, page_bytes = {}, {}
+    shards, one = place.shards("heads") if place else 1, {}
+    page_bytes = {g.name: g.layers * sum(x.size * x.dtype.itemsize for x in _pages(g, 1, dtype)) // shards
+                  for g in graph.groups}
     for group in graph.groups:
         full = PageGroup(group.name, PAGE_SIZE, 0, group.window)
         start = max(0, max_context - chunk)
         slack = group.window is not None
         one[group.name] = max(full.need(start, max_context), full.need(0, min(chunk, max_context))) + slack + 1
-        heads = group.kv_heads // (place.shards("heads") if place else 1)
-        numbers = 2 * group.layers * PAGE_SIZE * heads * group.head_width
-        page_bytes[group.name] = numbers * jnp.dtype(dtype).itemsize
     per_row = sum(one[name] * page_bytes[name] for name in one)
     rows = min(max_rows, (budget - weights - scratch) / per_row)
     if most is not None:
@@ -127,8 +126,10 @@ def abstract_params(graph: Graph | Encoder, dtype: Any) -> Any:
 
 
 def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any) -> State:
-    """The shapes of the pages of every layer."""
-    def pages(g, p):
-        return jax.eval_shape(lambda: init_pages(p.pages, PAGE_SIZE, g.kv_heads, g.head_width, dtype))
+    """The shapes of the device's pages, in the layout of what attends where this is `tracing`."""
+    return {g.name: [_pages(g, p.pages, dtype)] * g.layers for g, p in zip(graph.groups, groups, strict=True)}
 
-    return {g.name: [pages(g, p)] * g.layers for g, p in zip(graph.groups, groups, strict=True)}
+
+def _pages(group: StateGroup, pages: int, dtype: Any) -> Any:
+    """The shapes of so many pages of one layer."""
+    return jax.eval_shape(lambda: init_pages(pages, PAGE_SIZE, group.kv_heads, group.head_width, dtype))
