@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.graph import Pages
-from jaxinfer.kernels import attend, layer_norm, matmul, rms_norm, rope, tracing
+from jaxinfer.kernels import attend, layer_norm, matmul, matmul_dense, rms_norm, rope, tracing
 from jaxinfer.kernels.attention import chunks, copy, write
 from tests.strategies import DECODE, GROUP, MIXED, MIXED_SINGLES, PROMPT, SEEDS, RaggedRun, RunShape, ragged_runs
 
@@ -216,7 +216,7 @@ def test_what_attends_says_what_a_step_may_mix():
 def test_matmul_takes_one_row_as_it_takes_many(seed, rows):
     rng = np.random.default_rng(seed)
     x, w = rng.normal(size=(rows, 64)).astype(np.float32), rng.normal(size=(48, 64)).astype(np.float32)
-    for how in matmul.available("cpu"):
+    for how in matmul_dense.available("cpu"):
         np.testing.assert_allclose(matmul(jnp.asarray(x), jnp.asarray(w), how=how), x @ w.T, atol=1e-4)
         half = matmul(jnp.asarray(x), jnp.asarray(w, jnp.bfloat16), how=how)
         assert half.dtype == jnp.float32 and half.shape == (rows, 48)
