@@ -10,6 +10,8 @@ from jaxinfer.compiler import Executables, Key, default_ladder
 from jaxinfer.compiler.buckets import decode, mixed, prompt
 from jaxinfer.compiler.encoders import Encoders, encoder_ladder
 from jaxinfer.frontend.architectures import architecture
+from jaxinfer.kernels import tracing
+from jaxinfer.kernels.quantised import FORCED
 from jaxinfer.runtime import memory as planning
 from tests import tiny
 
@@ -53,6 +55,23 @@ def test_prompt_decode_and_sample_steps_compile_for_a_v5e(v5e, config):
     assert compiled[decoding].cost_analysis()["flops"] > 0
     assert memory.argument_size_in_bytes > planning.nbytes(graph.spec, dtype)
     assert memory.alias_size_in_bytes > 0, "the pages are not donated"
+    executables.close()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w8a8", "int4", "fp8"])
+def test_a_quantised_decoder_compiles_for_a_v5e(v5e, scheme):
+    graph, dtype = architecture(tiny.PLAIN, max_context=256).graph(), jnp.dtype(jnp.bfloat16)
+    size = dict(dtype=dtype, max_context=256, max_rows=8, chunk=128, budget=16 << 30, why="HBM")
+    groups = planning.page_groups(graph, quantize=scheme, **size)
+    executables = Executables(
+        graph, default_ladder(8, 256, chunks=1), params=planning.abstract_params(graph, dtype, scheme), max_rows=8,
+        max_context=256, device=v5e, state=planning.abstract_state(graph, groups, dtype),
+        table_width={g.name: 4 for g in groups}, platform="tpu",
+    )
+    with tracing("tpu", FORCED.get(scheme)) as trace:
+        program = executables.lower(Key("forward", decode(8))).compile()
+    assert program.memory_analysis().argument_size_in_bytes > planning.nbytes(graph.spec, dtype, scheme)
+    assert trace.chosen["matmul_int8"] == ("w8a8" if scheme == "w8a8" else "w8a16") and "matmul" not in trace.chosen
     executables.close()
 
 

@@ -23,6 +23,7 @@ from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
 from jaxinfer.frontend.tokenizer import from_directory
 from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Encoder, Graph
+from jaxinfer.kernels.quantised import FORCED, SCHEMES
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.engine import Engine
@@ -41,7 +42,7 @@ CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
-         memory: int | str | None = None, device: str | jax.Device | None = None,
+         memory: int | str | None = None, device: str | jax.Device | None = None, quantize: str | None = None,
          known: Mapping[str, Any] | None = None) -> Any:
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
     embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
@@ -61,6 +62,12 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     fit, and fewer otherwise: then a request may have to wait for pages.
     `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a `jax.Device`; by default JAX's
     first.
+    `quantize`: matrices are held in fewer bits, rounded while they are read; position tables, classifiers, norms and
+    biases are not, and embeddings and the head are int8 in all schemes. "int8": a scale for each output; a CPU and a
+    TPU multiply with activations as two int8 numbers each. "w8a8": the same weights, and activations in one int8 with
+    a scale for each token: faster for many tokens, less exact. "int4": a scale and a minimum for every 32 inputs; the
+    smallest, but a CPU unpacks it in each step. "fp8" (e4m3): for GPUs, which round activations to it too. A Graph of
+    your own must read its matrices by `kernels.matmul` and `kernels.embed_rows`. bench/RESULTS.md says what is lost.
     `known`: inputs of an .onnx file that are the same for every request, such as {"sr": 16000}: those that decide its
     shapes must be. There, `max_rows` are the requests of a batch; 1 asks for requests with the file's batch axis.
 
@@ -75,6 +82,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             raise InvalidOption(f"{name} is {value!r}; it must be an integer >= 1")
     if dtype is not None and str(dtype) not in DTYPES:
         raise InvalidOption(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in SCHEMES):
+        raise InvalidOption(f"quantize is {quantize!r}; it must be one of {', '.join(SCHEMES)}, or None")
     if max_context is not None and (type(max_context) is not int or max_context < 2):
         raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
     budget = planning.parse_bytes(memory) if memory is not None else None
@@ -82,8 +91,9 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     place, path = find_device(device), resolve(source)
     if path.suffix == ".onnx":
         _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, "an ONNX file")
-        if graph is not None or dtype is not None or max_context is not None:
-            raise InvalidOption("graph, dtype and max_context are not for an ONNX file, which says these itself")
+        if any(given is not None for given in (graph, dtype, max_context, quantize)):
+            raise InvalidOption("graph, dtype, max_context and quantize are not for an ONNX file, which says these "
+                                "itself")
         return load_onnx_endpoint(path, known=known or {}, max_batch=max_rows, max_waiting=max_waiting, device=place)
     if known is not None:
         raise InvalidOption(f"known is for inputs of an .onnx file; {source} is none")
@@ -92,24 +102,24 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     if isinstance(model, Encoder):
         _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, "an encoder")
         return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
-                            max_waiting=max_waiting, device=place)
+                            quantize=quantize, max_waiting=max_waiting, device=place)
     if max_context is not None and max_context > model.max_context:
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(MAX_CONTEXT, model.max_context)
     number = _dtype(checkpoint, dtype)
-    forced = INVARIANT if batch_invariant else {}
+    forced = {**(INVARIANT if batch_invariant else {}), **FORCED.get(quantize, {})}
     with kernels.tracing(place.platform, forced):
         chunks = kernels.chunks(place.platform)
     ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
     chunk = ladder.chunk
     why = f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {place}"
     groups = planning.page_groups(
-        model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
+        model, dtype=number, quantize=quantize, max_context=context, max_rows=max_rows, chunk=chunk,
         budget=budget if budget is not None else int(SHARE * planning.available(place)), why=why,
         most=CPU_PAGES if budget is None and place.platform == "cpu" else None,
     )
     executables = Executables(
-        model, ladder, params=planning.abstract_params(model, number), max_rows=max_rows, device=place,
+        model, ladder, params=planning.abstract_params(model, number, quantize), max_rows=max_rows, device=place,
         state=planning.abstract_state(model, groups, number), max_context=context, forced=forced,
         table_width={group.name: -(-context // group.page_size) for group in groups},
     )
@@ -117,7 +127,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
         executables.prepare(Key("forward", first), Key("greedy", first.rows))  # while the weights are read
         tokenizer = _tokenizer(checkpoint)
-        params = load_params(model, checkpoint.tensors, dtype=number, source=checkpoint.source,
+        params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
                              put=partial(jax.device_put, device=place))
         executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))  # while the first prompt runs
         eos = _eos(checkpoint, tokenizer)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer.errors import InvalidOption, OutOfMemory
 from jaxinfer.graph import Encoder, Graph, Leaf, State
 from jaxinfer.kernels import init_pages
+from jaxinfer.kernels.quantised import blank, format_of
 from jaxinfer.scheduler import PageGroup
 
 PAGE_SIZE = 64
@@ -53,10 +54,14 @@ def available(device: jax.Device) -> int:
         return 4 * 2**30  # no /proc here: stay small
 
 
-def nbytes(spec: Any, dtype: Any) -> int:
-    """Bytes of the weights of a spec, in `dtype` but for the exact leaves."""
-    leaves = jax.tree.leaves(spec, is_leaf=lambda x: isinstance(x, Leaf))
-    return sum(int(np.prod(leaf.shape)) * (4 if leaf.exact else jnp.dtype(dtype).itemsize) for leaf in leaves)
+def held(arrays: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(arrays))
+
+
+def nbytes(spec: Any, dtype: Any, quantize: str | None = None) -> int:
+    """Bytes of the weights of a spec, in `dtype` but for the exact leaves and the quantised ones."""
+    return held(_abstract(spec, dtype, quantize))
 
 
 def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
@@ -67,14 +72,14 @@ def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
 
 
 def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, budget: int,
-                why: str, most: int | None = None) -> tuple[PageGroup, ...]:
+                why: str, most: int | None = None, quantize: str | None = None) -> tuple[PageGroup, ...]:
     """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights,
     or what `most` bytes hold (but one full context at least).
 
     Raises OutOfMemory, with the numbers, when not even one sequence of `max_context` tokens fits. `why` says where
     the budget came from.
     """
-    weights, scratch = nbytes(graph.spec, dtype), temporaries(graph, chunk, max_rows)
+    weights, scratch = nbytes(graph.spec, dtype, quantize), temporaries(graph, chunk, max_rows)
     one, page_bytes = {}, {}
     for group in graph.groups:
         full = PageGroup(group.name, PAGE_SIZE, 0, group.window)
@@ -94,7 +99,7 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
             f"pages of one context of {max_context} tokens: {mib(weights + scratch + per_row)}, but {why} is "
             f"{mib(budget)}; nothing was loaded. It would fit with "
             f"memory='{(weights + scratch + per_row) / 2**20 + 1:.0f}MiB', a smaller max_context, fewer max_rows, or a "
-            "smaller dtype."
+            "smaller dtype or quantize."
         )
     return tuple(PageGroup(g.name, PAGE_SIZE, int(rows * one[g.name]), g.window) for g in graph.groups)
 
@@ -109,10 +114,19 @@ def empty_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any, device:
         return {g.name: [pages(g, p) for _ in range(g.layers)] for g, p in zip(graph.groups, groups, strict=True)}
 
 
-def abstract_params(graph: Graph | Encoder, dtype: Any) -> Any:
-    """The shapes of the weights in `dtype`, but for the exact leaves."""
-    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.exact else dtype)
-    return jax.tree.map(shape, graph.spec, is_leaf=lambda x: isinstance(x, Leaf))
+def abstract_params(graph: Graph | Encoder, dtype: Any, quantize: str | None = None) -> Any:
+    """The shapes of the weights in `dtype`, but for the exact leaves and the quantised ones."""
+    return _abstract(graph.spec, dtype, quantize)
+
+
+def _abstract(spec: Any, dtype: Any, quantize: str | None = None) -> Any:
+    def weight(leaf: Leaf) -> Any:
+        format = format_of(leaf, quantize)
+        if format is not None:
+            return blank(format, leaf.shape, dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.exact else dtype)
+
+    return jax.tree.map(weight, spec, is_leaf=lambda x: isinstance(x, Leaf))
 
 
 def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any) -> State:
