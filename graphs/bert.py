@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxinfer.graph import Encoder, Leaf, Params, Run
 from jaxinfer.graphs.decoder import ACTIVATIONS
-from jaxinfer.kernels import layer_norm, matmul
+from jaxinfer.kernels import embed_rows, layer_norm, matmul
 from jaxinfer.kernels.encode import attend_rows
 
 HEAD_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -166,11 +166,11 @@ def hidden(config: Config, params: Params, run: Run, segment_T: jax.Array | None
 
 def embed(config: Config, params: Params, run: Run, segment_T: jax.Array | None = None) -> jax.Array:
     """Token, position and segment embeddings, summed and normed: x_TD."""
-    x_TD = params["embed"][run.tokens_T].astype(jnp.float32)
-    x_TD = x_TD + params["positions"][run.position_T + config.first_position].astype(jnp.float32)
+    x_TD = embed_rows(params["embed"], run.tokens_T)
+    x_TD = x_TD + embed_rows(params["positions"], run.position_T + config.first_position)
     if config.segments:
         segment_T = jnp.zeros_like(run.tokens_T) if segment_T is None else segment_T
-        x_TD = x_TD + params["segments"][segment_T].astype(jnp.float32)
+        x_TD = x_TD + embed_rows(params["segments"], segment_T)
     return norm(config, params["norm"], x_TD)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Params, Run, StateGroup
 from jaxinfer.graphs.rope import Rope, turns
-from jaxinfer.kernels import attend, matmul, rms_norm, rope, route, routed_ffn, split
+from jaxinfer.kernels import attend, embed_rows, matmul, rms_norm, rope, route, routed_ffn, split
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -177,7 +177,7 @@ def experts_spec(config: Config) -> Params:
 
 def embed(config: Config, params: Params, run: Run) -> jax.Array:
     """Token ids to x_TD."""
-    return params["embed"][run.tokens_T].astype(jnp.float32) * config.embed_scale
+    return embed_rows(params["embed"], run.tokens_T) * config.embed_scale
 
 
 def block(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: jax.Array, run: Run):

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Params, Run, StateGroup
 from jaxinfer.graphs.decoder import ACTIVATIONS
-from jaxinfer.kernels import attend, layer_norm, matmul, split
+from jaxinfer.kernels import attend, embed_rows, layer_norm, matmul, split
 
 GROUP = "full"
 
@@ -99,8 +98,7 @@ def block_spec(config: Config, i: int) -> Params:
 
 def embed(params: Params, run: Run) -> jax.Array:
     """Token and position embeddings, summed: x_TD."""
-    token_TD, position_TD = params["embed"][run.tokens_T], params["positions"][run.position_T]
-    return token_TD.astype(jnp.float32) + position_TD.astype(jnp.float32)
+    return embed_rows(params["embed"], run.tokens_T) + embed_rows(params["positions"], run.position_T)
 
 
 def block(config: Config, scale: float, params: Params, pages: Pages, x_TD: jax.Array, run: Run):

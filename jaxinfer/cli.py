@@ -46,6 +46,7 @@ DType = Annotated[str | None, _option("Of the weights on the device: float32, bf
 MaxContext = Annotated[int | None, _option("Tokens of prompt and answer that one request may have.")]
 MaxRows = Annotated[int | None, _option("Requests that run at the same time.")]
 Memory = Annotated[str | None, _option("Budget for weights and cache, such as 2GiB.")]
+Quantize = Annotated[str | None, _option("Hold matrices in fewer bits: int8, w8a8, int4 or fp8.")]
 Device = Annotated[str | None, _option("cpu, gpu or tpu.")]
 
 
@@ -63,6 +64,7 @@ def run(
     seed: Seed = None,
     stop: Stop = None,
     dtype: DType = None,
+    quantize: Quantize = None,
     max_context: MaxContext = None,
     max_rows: MaxRows = None,
     memory: Memory = None,
@@ -72,7 +74,8 @@ def run(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     drawing = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                      seed=seed, stop=stop)
-    options = _given(dtype=dtype, max_context=max_context, max_rows=max_rows, memory=memory, device=device)
+    options = _given(dtype=dtype, quantize=quantize, max_context=max_context, max_rows=max_rows, memory=memory,
+                     device=device)
     with _loaded(model, options) as lm:
         if chat:
             pieces = lm.chat([{"role": "user", "content": prompt}], stream=True, **drawing)
@@ -94,6 +97,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     dtype: DType = None,
+    quantize: Quantize = None,
     max_context: MaxContext = None,
     max_rows: MaxRows = None,
     memory: Memory = None,
@@ -102,7 +106,8 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, /exit or Ctrl-D leaves."""
     drawing = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                      seed=seed, stop=stop)
-    options = _given(dtype=dtype, max_context=max_context, max_rows=max_rows, memory=memory, device=device)
+    options = _given(dtype=dtype, quantize=quantize, max_context=max_context, max_rows=max_rows, memory=memory,
+                     device=device)
     with _loaded(model, options) as lm:
         messages: list[dict[str, str]] = []
         for question in _questions():

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.graph import Pages
-from jaxinfer.kernels import Op, attend, copy, layer_norm, matmul, rms_norm, rope, tracing, write
+from jaxinfer.kernels import Op, attend, copy, layer_norm, matmul_dense, rms_norm, rope, tracing, write
 from jaxinfer.kernels.attention import chunks
+from jaxinfer.kernels.attention_gpu import attend_triton
 from jaxinfer.testing import (
     DECODE,
     GROUP,
@@ -79,6 +80,18 @@ def test_attention_sees_what_its_row_has_read_and_nothing_else(name, data):
     for found, page in zip(pages, case.numbers.written(case.ragged), strict=True):
         np.testing.assert_array_equal(np.asarray(found, np.float32), page)  # NaN where nobody has written
     check_op(attend, case, batch_invariant=("by_page",))
+
+
+def attend_for_gpus(*args, **options):
+    """In Pallas' interpreter, since there is no GPU here; in the reference's dtype."""
+    out, pages = attend_triton(*args, **options)
+    return out.astype(jnp.float32), pages
+
+
+@pytest.mark.parametrize("name", ["decode", "decode in a window", "prompt", "mixed", "mixed in a window"])
+@given(data=st.data())
+def test_the_kernels_for_gpus_attend_as_the_reference_does(name, data):
+    check_op(attend_for_gpus, data.draw(attend_cases(**CASES[name])), reference=attend.reference)
 
 
 @cache
@@ -185,10 +198,10 @@ def test_what_attends_says_what_a_step_may_mix():
 def test_matmul_takes_one_row_as_it_takes_many(rows, dtype, data):
     case = data.draw(matmul_cases(rows, dtype=dtype))
     x, w = (np.asarray(array.astype(dtype), np.float64) for array in case.args)
-    found = call(matmul.reference, case)
+    found = call(matmul_dense.reference, case)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, x @ w.T, atol=case.atol)
-    check_op(matmul, case)
+    check_op(matmul_dense, case)
 
 
 @given(case=norm_cases(offset=1.0))
@@ -215,7 +228,7 @@ def test_rope_turns_pairs_as_complex_numbers(seed, width):
 
 def test_an_op_refuses_an_implementation_it_does_not_have():
     with pytest.raises(ValueError, match="matmul has no implementation 'abacus'; it has"):
-        matmul(jnp.ones((2, 2)), jnp.ones((2, 2)), how="abacus")
+        matmul_dense(jnp.ones((2, 2)), jnp.ones((2, 2)), how="abacus")
 
 
 def test_an_implementation_of_ones_own_is_taken_where_it_is_forced_or_the_only_one_for_a_call():

@@ -19,6 +19,7 @@ from jaxinfer.compiler.encoders import encoder_ladder
 from jaxinfer.errors import InvalidOption, InvalidRequest
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Leaf
+from jaxinfer.runtime.memory import held
 from tests.encoding import Bucket, encode_run, logits_run
 from tests.running import retries
 
@@ -161,6 +162,19 @@ def test_a_batch_of_the_shortest_texts_finds_its_bucket(path):
 def test_what_to_inspect_of_an_encoder_is_said(encoder):
     with pytest.raises(InvalidRequest, match=r"inspect got a TextEncoder.*give it a function of its graph"):
         ji.inspect(encoder, "a")
+
+
+def test_quantised_it_says_nearly_the_same_in_fewer_bytes(encoder, path):
+    texts = ["w1 w2 w3", "w7", "w5 w5 w1 w30"]
+    with ji.load(path, quantize="w8a8") as small:
+        cosines = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+                   for a, b in zip(small.embed(texts), encoder.embed(texts), strict=True)]
+        assert 0.99 < min(cosines) < 1
+        assert held(small.params) < 0.45 * held(encoder.params), "positions, norms and biases are what is left"
+        assert {entry.kernels["matmul_int8"] for entry in small.ledger if entry.hits} == {"w8a8"}
+        before = small.embed(texts)
+        small.swap(encoder.params)
+        np.testing.assert_array_equal(small.embed(texts), before)
 
 
 def test_what_is_no_text_is_refused(encoder, path):

@@ -13,6 +13,7 @@ from jaxinfer.compiler import Executables, Key, default_ladder
 from jaxinfer.compiler.buckets import decode, mixed, prompt
 from jaxinfer.compiler.encoders import Encoders, encoder_ladder
 from jaxinfer.frontend.architectures import architecture
+from jaxinfer.kernels.quantised import FORCED
 from jaxinfer.runtime import memory as planning
 from tests import tiny
 
@@ -47,21 +48,22 @@ def v5e(libtpu):
     return chip("v5e:1x1")
 
 
-def programs(config: dict, device: jax.Device) -> Executables:
+def programs(config: dict, device: jax.Device, quantize: str | None = None) -> Executables:
     graph, dtype = architecture(config, max_context=1024).graph(), jnp.dtype(jnp.bfloat16)
     size = dict(dtype=dtype, max_context=1024, max_rows=8, chunk=512, budget=16 << 30, why="HBM")
     with kernels.tracing("tpu"):
-        groups = planning.page_groups(graph, **size)
+        groups = planning.page_groups(graph, quantize=quantize, **size)
         state = planning.abstract_state(graph, groups, dtype)
     return Executables(
-        graph, default_ladder(8, 1024, chunks=1), params=planning.abstract_params(graph, dtype), max_rows=8,
+        graph, default_ladder(8, 1024, chunks=1), params=planning.abstract_params(graph, dtype, quantize), max_rows=8,
         max_context=1024, device=device, state=state, table_width={g.name: 16 for g in groups},
+        forced=FORCED.get(quantize),
     )
 
 
 def compiled(executables: Executables, device: jax.Device, key: Key):
     """The program, and the implementations it took. Pallas asks the mesh which TPU it is for."""
-    with kernels.tracing("tpu") as traced, jax.set_mesh(Mesh(np.array([device]), ("x",))):
+    with kernels.tracing("tpu", executables.forced) as traced, jax.set_mesh(Mesh(np.array([device]), ("x",))):
         return executables.lower(key).compile(), traced.chosen
 
 
@@ -108,6 +110,16 @@ def test_gpt2_compiles_for_a_v5e(v5e):
     executables = programs(GPT2, v5e)
     program, chosen = compiled(executables, v5e, Key("forward", decode(8)))
     assert chosen["attend"] == "ragged" and program.memory_analysis().temp_size_in_bytes < 2**22
+    executables.close()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w8a8", "int4", "fp8"])
+def test_a_quantised_decoder_compiles_for_a_v5e(v5e, scheme):
+    executables = programs(tiny.PLAIN, v5e, scheme)
+    program, chosen = compiled(executables, v5e, Key("forward", decode(8)))
+    weights = planning.nbytes(executables.graph.spec, jnp.bfloat16, scheme)
+    assert program.memory_analysis().argument_size_in_bytes > weights
+    assert chosen["matmul_int8"] == ("w8a8" if scheme == "w8a8" else "w8a16") and "matmul" not in chosen
     executables.close()
 
 

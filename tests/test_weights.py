@@ -32,6 +32,9 @@ class Held:
         self.reads.append(None)
         return self.array
 
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.array[start:stop]
+
 
 def graph(**spec) -> Graph:
     return Graph("test", spec, (), lambda *_: None, (), lambda *_: None, 1, 1, ignore=("*.inv_freq",))

@@ -109,6 +109,10 @@ class Transformers:
             traffic.padding += computed - sum(map(len, prompts)) - sum(n - 1 for n in new)
 
 
+def likeliest(logits_V: np.ndarray) -> int:
+    return int(logits_V.argmax())
+
+
 class LlamaCpp:
     """llama.cpp through its C interface, so that sequences run as one batch; one context per batch size."""
 
@@ -131,8 +135,9 @@ class LlamaCpp:
             self.contexts[rows] = self.api.llama_init_from_model(self.model, params)
         return self.contexts[rows]
 
-    def _decode(self, context, entries: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Read tokens, given as (sequence, position, token, last); the likeliest token after each that is `last`."""
+    def _decode(self, context, entries: list[tuple[int, int, int, bool]], look=likeliest) -> list:
+        """Read tokens, given as (sequence, position, token, last); what `look` makes of the logits after each that is
+        `last`: the likeliest token."""
         batch = self.api.llama_batch_init(len(entries), 0, 1)
         batch.n_tokens = len(entries)
         for n, (sequence, position, token, last) in enumerate(entries):
@@ -142,7 +147,13 @@ class LlamaCpp:
         self.api.llama_batch_free(batch)
         assert not failed, f"llama_decode returned {failed}"
         logits = (self.api.llama_get_logits_ith(context, n) for n, entry in enumerate(entries) if entry[3])
-        return [int(np.ctypeslib.as_array(pointer, (self.vocab,)).argmax()) for pointer in logits]
+        return [look(np.ctypeslib.as_array(pointer, (self.vocab,))) for pointer in logits]
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """The logits [T, V] after each token of one text."""
+        context = self._context(1)
+        self.api.llama_memory_clear(self.api.llama_get_memory(context), True)
+        return np.stack(self._decode(context, [(0, i, token, True) for i, token in enumerate(tokens)], np.copy))
 
     def _step(self, context, start: int, tokens_R: list[list[int]]) -> list[int]:
         """Read the rows' next tokens, all from position `start`; the likeliest token after each."""

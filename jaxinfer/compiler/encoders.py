@@ -5,7 +5,7 @@ Axes: T tokens, R rows, L tokens of the longest row, D width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,8 +52,9 @@ class Encoders(Programs):
     """The programs of an Encoder on one device: `(params, run, segment_T)` to {"vector": x_RD} and, with a head,
     {"logits": logits_RC or, for every token, logits_TC}."""
 
-    def __init__(self, encoder: Encoder, params: Any, pooling: Sequence[str], unit: bool, device: jax.Device):
-        super().__init__(device)
+    def __init__(self, encoder: Encoder, params: Any, pooling: Sequence[str], unit: bool, device: jax.Device,
+                 forced: Mapping[str, str] | None = None):
+        super().__init__(device, forced=forced)
         self.encoder, self.pooling, self.unit = encoder, tuple(pooling), unit
         self.params = jax.tree.map(self._like, params)
 

@@ -18,7 +18,8 @@ class Tensor(Protocol):
     """A weight that stays on disk until it is read.
 
     `shape` is in numpy's order (outermost first), `dtype` is that of what `read()` returns, `nbytes` counts
-    the bytes on disk. `read()` may be called from several threads at once.
+    the bytes on disk. `read()` may be called from several threads at once. `rows(start, stop)` is a part of what
+    `read()` returns, for which the rest need not be unpacked.
     """
 
     @property
@@ -28,6 +29,7 @@ class Tensor(Protocol):
     @property
     def nbytes(self) -> int: ...
     def read(self) -> np.ndarray: ...
+    def rows(self, start: int, stop: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,9 @@ class Mapped:
 
     def read(self) -> np.ndarray:
         return np.ndarray(self.shape, self.dtype, buffer=self.buffer, offset=self.offset)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.read()[start:stop]
 
 
 def map_file(path: Path) -> mmap.mmap:

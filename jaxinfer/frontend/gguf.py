@@ -54,8 +54,12 @@ class Quantised:
         return math.prod(self.shape) // self.format.weights * self.format.record.itemsize
 
     def read(self) -> np.ndarray:
-        data = np.ndarray((self.nbytes,), np.uint8, buffer=self.buffer, offset=self.offset)
-        return dequantize(data, self.format).reshape(self.shape)
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        row, count = self.nbytes // self.shape[0], min(stop, self.shape[0]) - start
+        data = np.ndarray((count * row,), np.uint8, buffer=self.buffer, offset=self.offset + start * row)
+        return dequantize(data, self.format).reshape(count, *self.shape[1:])
 
 
 def unstack(tensor: Tensor) -> list[Tensor]:

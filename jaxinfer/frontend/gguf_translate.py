@@ -43,12 +43,14 @@ class Family:
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """A tensor whose `fix` (to Hugging Face's layout) is applied when it is read."""
+    """A tensor whose `fix` (to Hugging Face's layout) is applied when it is read. It moves rows within runs of
+    `together`; None: anywhere."""
 
     stored: Tensor
     shape: tuple[int, ...]
     dtype: np.dtype
     fix: Callable[[np.ndarray], np.ndarray]
+    together: int | None = 1
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +58,13 @@ class Fixed:
 
     def read(self) -> np.ndarray:
         return self.fix(self.stored.read())
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        if self.together is None:
+            return self.read()[start:stop]
+        first = start // self.together * self.together
+        runs = self.stored.rows(first, -(-stop // self.together) * self.together)
+        return self.fix(runs)[start - first : stop - first]
 
 
 def translate(
@@ -131,15 +140,16 @@ def _fixed(family: Family, config: dict[str, Any], name: str, tensor: Tensor, so
         heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
         if not tensor.shape or tensor.shape[0] % (2 * heads):
             raise CorruptFile(f"{source}: tensor {name!r} of shape {tensor.shape} cannot be split into {heads} heads")
-        return Fixed(tensor, tensor.shape, tensor.dtype, lambda rows: _halves(rows, heads))
+        width = tensor.shape[0] // heads
+        return Fixed(tensor, tensor.shape, tensor.dtype, lambda rows: _halves(rows, width), width)
     if kind in family.transposed and part == "weight":
-        return Fixed(tensor, tensor.shape[::-1], tensor.dtype, np.transpose)
+        return Fixed(tensor, tensor.shape[::-1], tensor.dtype, np.transpose, None)
     return tensor
 
 
-def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from interleaved pairs (0, h/2, 1, h/2 + 1, ...) back to two halves (0, 1, ...)."""
-    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+def _halves(rows: np.ndarray, width: int) -> np.ndarray:
+    """Rows of each head of `width` from interleaved pairs (0, h/2, 1, h/2 + 1, ...) back to two halves (0, 1, ...)."""
+    pairs = rows.reshape(-1, width // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 

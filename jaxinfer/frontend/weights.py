@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,20 +19,24 @@ from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import Progress, emit
 from jaxinfer.frontend.files import Tensor
 from jaxinfer.graph import Encoder, Graph, Leaf, Params
+from jaxinfer.kernels.quantised import Format, Quantised, blank, fill, finite, format_of, rows_at_once
 
 CHUNK = 1 << 16  # numbers rounded at a time: their temporaries stay in the cache
 
 
 def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
-                put: Callable[[Leaf, np.ndarray], Any] = lambda _, array: jax.device_put(array)) -> Params:
+                put: Callable[[Leaf, np.ndarray], Any] = lambda _, array: jax.device_put(array),
+                quantize: str | None = None) -> Params:
     """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint.
 
     Leaves are cast to `dtype`, exact ones to float32; `put(leaf, array)` brings each to its device, or devices. A
     tensor that needs no change is handed over as it is mapped (on the CPU, where its address is a multiple of 64,
     params alias the file). At most one leaf per reading thread is held besides what `put` keeps. Emits
-    Progress("load", source, bytes, bytes).
+    Progress("load", source, bytes, bytes). With `quantize`, leaves for which its scheme names a format become
+    `Quantised`, some rows at a time: such a weight is never held as floats.
 
-    Raises CheckpointMismatch that lists all missing, surplus and misshapen tensors, before anything is read.
+    Raises CheckpointMismatch that lists all missing, surplus and misshapen tensors, before anything is read; and for
+    numbers that cannot be quantised, when they are.
     """
     leaves, tree = jax.tree.flatten(graph.spec)
     parts = _matched(graph, leaves, tensors, source)
@@ -40,8 +45,15 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     done, total = 0, sum(sizes)
 
     def read(leaf: Leaf, names: tuple[str, ...]) -> Any:
-        array = assemble(leaf, [tensors[name] for name in names], np.dtype(jnp.float32 if leaf.exact else dtype))
-        return jax.block_until_ready(put(leaf, array))
+        found, number = [tensors[name] for name in names], np.dtype(jnp.float32 if leaf.exact else dtype)
+        format = format_of(leaf, quantize)
+        if format is None:
+            return jax.block_until_ready(put(leaf, assemble(leaf, found, number)))
+        weight = assemble_quantised(leaf, found, number, format)
+        if not finite(weight):
+            raise CheckpointMismatch(source, [f"not finite: {' + '.join(names)} holds NaN, or numbers too large for "
+                                              f"{format.name}; it cannot be quantised"])
+        return jax.block_until_ready(jax.tree.map(partial(put, leaf), weight))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "load") as pool:
         futures = {pool.submit(read, leaf, names): i for i, (leaf, names) in enumerate(zip(leaves, parts, strict=True))}
@@ -129,6 +141,20 @@ def assemble(leaf: Leaf, tensors: list[Tensor], dtype: np.dtype) -> np.ndarray:
         array = array.T if leaf.transpose else array
         cast_into(rows[row : row + len(array)], array)
         row += len(array)
+    return out
+
+
+def assemble_quantised(leaf: Leaf, tensors: list[Tensor], dtype: np.dtype, format: Format) -> Quantised:
+    """A leaf's quantised weight from its tensors, read and rounded some rows at a time (a transposed one of a block
+    format is read whole)."""
+    out, row, step = blank(format, leaf.shape, dtype, aligned), 0, rows_at_once(leaf.shape)
+    for tensor in tensors:
+        turned = tensor.read().T if leaf.transpose else None
+        count = tensor.shape[1 if leaf.transpose else 0]
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            fill(out, row + start, tensor.rows(start, stop) if turned is None else turned[start:stop])
+        row += count
     return out
 
 

@@ -105,11 +105,11 @@ def _decode(x_TXH, pages: Pages, kv_lens_R, table_RP, *, scale, window, softcap)
            *(jax.ShapeDtypeStruct(page.shape, page.dtype) for page in pages)]
     kernel = partial(_decode_kernel, scale=scale, window=window, softcap=softcap)
     call = _call(kernel, grid=(K, R, C), out=out, warps=WARPS, stages=STAGES, aliases={3: 2, 4: 3})
-    out_CRNH, size_CRN, *pages = call(kv_lens_R, table_RP, x_TXH, *pages)
+    out_CRNH, size_CRN, *written = call(kv_lens_R, table_RP, x_TXH, *pages)
     if C == 1:
-        return out_CRNH[0], Pages(*pages)
+        return out_CRNH[0], Pages(*written)
     merged = [jax.ShapeDtypeStruct((R, N, H), dtype)]
-    return _call(_merge_kernel, grid=(R, N), out=merged, warps=4, stages=1)(out_CRNH, size_CRN)[0], Pages(*pages)
+    return _call(_merge_kernel, grid=(R, N), out=merged, warps=4, stages=1)(out_CRNH, size_CRN)[0], Pages(*written)
 
 
 def _decode_kernel(kv_len_ref, table_ref, x_ref, _k, _v, out_ref, size_ref, k_pages_ref, v_pages_ref, *,

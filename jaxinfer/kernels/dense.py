@@ -1,7 +1,6 @@
-"""Matmul, norms and rotary embedding: the ops between attention and attention.
+"""Norms and rotary embedding: with matmuls, the ops between attention and attention.
 
-Axes: T tokens, I inputs, O outputs, N heads, H head width, D model width. Everything returns float32: the residual
-stream stays exact, and only the operands of a matmul are rounded to the weight's dtype.
+Axes: T tokens, N heads, H head width, D model width. Everything returns float32: the residual stream stays exact.
 """
 
 from __future__ import annotations
@@ -12,23 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.kernels.op import Op, shards
-
-
-def _matmul(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
-    """x @ w.T in float32; x is rounded to the weight's dtype first."""
-    return jax.lax.dot_general(x_TI.astype(w_OI.dtype), w_OI, (((1,), (1,)), ((), ())),
-                               preferred_element_type=jnp.float32)
-
-
-def _matmul_rows(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
-    """With one row XLA's CPU backend converts a whole bf16 weight on every call (80 ms where two rows take 6)."""
-    if x_TI.shape[0] > 1 or w_OI.dtype == jnp.float32:
-        return _matmul(x_TI, w_OI)
-    return _matmul(jnp.concatenate([x_TI, jnp.zeros_like(x_TI)]), w_OI)[:1]
-
-
-matmul = Op("matmul", reference=_matmul, fast={"two_rows": (("cpu",), _matmul_rows)})
+from jaxinfer.kernels.op import shards
 
 
 def split(x_TO: jax.Array, parts: Sequence[int], axis: str) -> list[jax.Array]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.kernels.dense import matmul
+from jaxinfer.kernels.matmul import matmul
 from jaxinfer.kernels.op import Op
 
 CHUNK = 256  # tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 import os
 import threading
@@ -32,9 +31,10 @@ from jaxinfer.runtime.answer import Answer, Stream
 from jaxinfer.runtime.delivery import Delivery, Ticket
 from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.living import Living
+from jaxinfer.runtime.memory import held
 from jaxinfer.runtime.pack import check
 from jaxinfer.runtime.shards import Front, Shard
-from jaxinfer.runtime.versions import check_like, copied
+from jaxinfer.runtime.versions import copied, fit
 from jaxinfer.scheduler import AGEING
 
 Ask = Prompt | Request
@@ -202,7 +202,8 @@ class LanguageModel(Living):
         return self._engine.scheduler.version
 
     def swap(self, params: Any, running: Literal["finish", "continue"] = "finish") -> int:
-        """Take other weights of the same structure, shapes and dtypes, between two steps and with no compile.
+        """Take other weights of the same structure, shapes and dtypes, between two steps and with no compile. Where
+        a weight is quantised, floats in its place are quantised as it was.
 
         What runs is to "finish" on the old weights, which stay until then and take turns with the new ones; or to
         "continue" on the new ones, with what was read by the old. Returns the new version's number. Raises
@@ -212,7 +213,7 @@ class LanguageModel(Living):
         if running not in ("finish", "continue"):
             raise InvalidOption(f"running is {running!r}; it must be 'finish' or 'continue'")
         self._check_process()
-        check_like(params, self._engine.executables.params)
+        params = fit(params, self._engine.executables.params)
         placed = [over_leaves(place.put, self.graph.spec, copied(params)) for place in self.placements]
         with self._swapping:
             number = next(self._numbers)
@@ -235,9 +236,7 @@ class LanguageModel(Living):
     def nbytes(self) -> int:
         """Bytes of the weights, the pages, and what the largest Executable needs beside them, on each device."""
         executables = self._engine.executables
-        arrays = jax.tree.leaves((executables.params, executables.state))
-        held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
-        return held + max((entry.bytes for entry in self.ledger), default=0)
+        return held((executables.params, executables.state)) + max((entry.bytes for entry in self.ledger), default=0)
 
     # Living.
 

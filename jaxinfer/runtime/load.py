@@ -28,6 +28,7 @@ from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
 from jaxinfer.frontend.tokenizer import from_directory
 from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Encoder, Graph
+from jaxinfer.kernels.quantised import FORCED, SCHEMES
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.devices import find_device, find_meshes
@@ -49,7 +50,7 @@ CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
-         memory: int | str | None = None, device: str | jax.Device | None = None,
+         memory: int | str | None = None, device: str | jax.Device | None = None, quantize: str | None = None,
          known: Mapping[str, Any] | None = None, mesh: Mapping[str, int] | None = None,
          kernels: Mapping[str, str] | None = None) -> Any:
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
@@ -70,6 +71,12 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     fit, and fewer otherwise: then a request may have to wait for pages.
     `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a `jax.Device`; by default JAX's
     first.
+    `quantize`: matrices are held in fewer bits, rounded while they are read; position tables, classifiers, norms and
+    biases are not, and embeddings and the head are int8 in all schemes. "int8": a scale for each output; a CPU and a
+    TPU multiply with activations as two int8 numbers each. "w8a8": the same weights, and activations in one int8 with
+    a scale for each token: faster for many tokens, less exact. "int4": a scale and a minimum for every 32 inputs; the
+    smallest, but a CPU unpacks it in each step. "fp8" (e4m3): for GPUs, which round activations to it too. A Graph of
+    your own must read its matrices by `kernels.matmul` and `kernels.embed_rows`. bench/RESULTS.md says what is lost.
     `known`: inputs of an .onnx file that are the same for every request, such as {"sr": 16000}: those that decide its
     shapes must be. There, `max_rows` are the requests of a batch; 1 asks for requests with the file's batch axis.
     `mesh`: several devices of one kind. {"model": 2} cuts attention heads, feed-forward layers, vocabulary and KV
@@ -92,16 +99,19 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             raise InvalidOption(f"{name} is {value!r}; it must be an integer >= 1")
     if dtype is not None and str(dtype) not in DTYPES:
         raise InvalidOption(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in SCHEMES):
+        raise InvalidOption(f"quantize is {quantize!r}; it must be one of {', '.join(SCHEMES)}, or None")
     if max_context is not None and (type(max_context) is not int or max_context < 2):
         raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
     budget = planning.parse_bytes(memory) if memory is not None else None
     compiler.enable()
     meshes, path = find_meshes(mesh, device), resolve(source)
-    forced = _forced(kernels, batch_invariant, find_device(device).platform)
+    forced = {**FORCED.get(quantize, {}), **_forced(kernels, batch_invariant, find_device(device).platform)}
     if path.suffix == ".onnx":
         _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, mesh, kernels, "an ONNX file")
-        if graph is not None or dtype is not None or max_context is not None:
-            raise InvalidOption("graph, dtype and max_context are not for an ONNX file, which says these itself")
+        if any(given is not None for given in (graph, dtype, max_context, quantize)):
+            raise InvalidOption("graph, dtype, max_context and quantize are not for an ONNX file, which says these "
+                                "itself")
         return load_onnx_endpoint(path, known=known or {}, max_batch=max_rows, max_waiting=max_waiting,
                                   device=find_device(device))
     if known is not None:
@@ -111,7 +121,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     if isinstance(model, Encoder):
         _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, "an encoder")
         return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
-                            max_waiting=max_waiting, device=find_device(device))
+                            quantize=quantize, max_waiting=max_waiting, device=find_device(device))
     if max_context is not None and max_context > model.max_context:
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(MAX_CONTEXT, model.max_context)
@@ -125,14 +135,14 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
         chunk, several = ladder.chunk, not places[0].is_local
         groups = planning.page_groups(
-            model, dtype=number, max_context=context, max_rows=max_rows, chunk=chunk,
+            model, dtype=number, quantize=quantize, max_context=context, max_rows=max_rows, chunk=chunk,
             budget=budget if budget is not None else int(SHARE * planning.free(places)), place=places[0],
             why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
             most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
         )
         state = planning.abstract_state(model, groups, number)
     shapes: dict[str, Any] = dict(
-        params=planning.abstract_params(model, number), state=state, max_rows=max_rows, max_context=context,
+        params=planning.abstract_params(model, number, quantize), state=state, max_rows=max_rows, max_context=context,
         forced=forced, table_width={group.name: -(-context // group.page_size) for group in groups})
     with ExitStack() as undo:
         others = meet() if several else None
@@ -142,7 +152,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         for executables in each:  # while the weights are read
             executables.prepare(Key("forward", first), Key("greedy", first.rows))
         tokenizer = _tokenizer(checkpoint)
-        params = load_params(model, checkpoint.tensors, dtype=number, source=checkpoint.source, put=places[0].put)
+        params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
+                             put=places[0].put)
         for executables in each:  # while the first prompt runs
             executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))
         if isinstance(others, Connection):

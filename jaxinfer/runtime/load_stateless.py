@@ -18,6 +18,7 @@ from jaxinfer.frontend.checkpoint import Checkpoint
 from jaxinfer.frontend.sentence import read_pipeline
 from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Encoder
+from jaxinfer.kernels.quantised import FORCED
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.door import Door
 from jaxinfer.runtime.encoder import TextEncoder
@@ -28,14 +29,15 @@ MAX_DELAY = 0.002  # seconds that a request waits for company while the device i
 ANONYMOUS = (None, "?")  # what an ONNX file calls sizes that have nothing to do with each other
 
 
-def load_encoder(checkpoint: Checkpoint, config: Any, model: Encoder, tokenizer: Any, *, dtype: Any, max_waiting: int,
-                 device: jax.Device) -> TextEncoder:
+def load_encoder(checkpoint: Checkpoint, config: Any, model: Encoder, tokenizer: Any, *, dtype: Any,
+                 quantize: str | None, max_waiting: int, device: jax.Device) -> TextEncoder:
     """The weights are read, the pipeline of the checkpoint's directory is followed, and its queue is opened."""
     pipeline = read_pipeline(checkpoint.directory) if checkpoint.directory else read_pipeline("")
     longest = min(pipeline.max_length or model.max_context, model.max_context)
-    programs = Encoders(model, planning.abstract_params(model, dtype), pipeline.pooling, pipeline.normalise, device)
+    shapes = planning.abstract_params(model, dtype, quantize)
+    programs = Encoders(model, shapes, pipeline.pooling, pipeline.normalise, device, forced=FORCED.get(quantize))
     try:
-        params = load_params(model, checkpoint.tensors, dtype=dtype, source=checkpoint.source,
+        params = load_params(model, checkpoint.tensors, dtype=dtype, quantize=quantize, source=checkpoint.source,
                              put=lambda _, array: jax.device_put(array, device))
         return TextEncoder(model, programs, params, tokenizer, pipeline, encoder_ladder(longest), config=config,
                            max_delay=MAX_DELAY, max_waiting=max_waiting, name=Path(checkpoint.source).name)

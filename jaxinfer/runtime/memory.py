@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxinfer.compiler.placement import Placement
 from jaxinfer.errors import InvalidOption, OutOfMemory
 from jaxinfer.graph import Encoder, Graph, Leaf, State, StateGroup
 from jaxinfer.kernels import init_pages
+from jaxinfer.kernels.quantised import blank, format_of
 from jaxinfer.scheduler import PageGroup
 
 PAGE_SIZE = 64
@@ -72,11 +74,17 @@ def free(places: Sequence[Placement]) -> int:
     return least
 
 
-def nbytes(spec: Any, dtype: Any, place: Placement | None = None) -> int:
-    """Bytes of the weights of a spec, in `dtype` but for the exact leaves; those that each device of `place` holds."""
-    held = lambda leaf: place.of(leaf, leaf).shard_shape(leaf.shape) if place else leaf.shape
-    leaves = jax.tree.leaves(spec, is_leaf=lambda x: isinstance(x, Leaf))
-    return sum(int(np.prod(held(leaf))) * (4 if leaf.exact else jnp.dtype(dtype).itemsize) for leaf in leaves)
+def held(arrays: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes, on each of the devices that share them."""
+    piece = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
+    return sum(math.prod(piece(x)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(arrays))
+
+
+def nbytes(spec: Any, dtype: Any, quantize: str | None = None, place: Placement | None = None) -> int:
+    """Bytes of the weights of a spec, in `dtype` but for the exact leaves and the quantised ones; those that each
+    device of `place` holds."""
+    shapes = _abstract(spec, dtype, quantize)
+    return held(place.abstract(spec, shapes) if place else shapes)
 
 
 def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
@@ -87,14 +95,15 @@ def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
 
 
 def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, budget: int,
-                why: str, most: int | None = None, place: Placement | None = None) -> tuple[PageGroup, ...]:
+                why: str, most: int | None = None, quantize: str | None = None, place: Placement | None = None
+                ) -> tuple[PageGroup, ...]:
     """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights,
     or what `most` bytes hold (but one full context at least). All bytes are those of each device of `place`.
 
     Raises OutOfMemory, with the numbers, when not even one sequence of `max_context` tokens fits. `why` says where
     the budget came from.
     """
-    weights, scratch = nbytes(graph.spec, dtype, place), temporaries(graph, chunk, max_rows)
+    weights, scratch = nbytes(graph.spec, dtype, quantize, place), temporaries(graph, chunk, max_rows)
     shards, one = place.shards("heads") if place else 1, {}
     page_bytes = {g.name: g.layers * sum(x.size * x.dtype.itemsize for x in _pages(g, 1, dtype)) // shards
                   for g in graph.groups}
@@ -114,15 +123,24 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
             f"pages of one context of {max_context} tokens: {mib(weights + scratch + per_row)}, but {why} is "
             f"{mib(budget)}; nothing was loaded. It would fit with "
             f"memory='{(weights + scratch + per_row) / 2**20 + 1:.0f}MiB', a smaller max_context, fewer max_rows, or a "
-            "smaller dtype."
+            "smaller dtype or quantize."
         )
     return tuple(PageGroup(g.name, PAGE_SIZE, int(rows * one[g.name]), g.window) for g in graph.groups)
 
 
-def abstract_params(graph: Graph | Encoder, dtype: Any) -> Any:
-    """The shapes of the weights in `dtype`, but for the exact leaves."""
-    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.exact else dtype)
-    return jax.tree.map(shape, graph.spec, is_leaf=lambda x: isinstance(x, Leaf))
+def abstract_params(graph: Graph | Encoder, dtype: Any, quantize: str | None = None) -> Any:
+    """The shapes of the weights in `dtype`, but for the exact leaves and the quantised ones."""
+    return _abstract(graph.spec, dtype, quantize)
+
+
+def _abstract(spec: Any, dtype: Any, quantize: str | None = None) -> Any:
+    def weight(leaf: Leaf) -> Any:
+        format = format_of(leaf, quantize)
+        if format is not None:
+            return blank(format, leaf.shape, dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.exact else dtype)
+
+    return jax.tree.map(weight, spec, is_leaf=lambda x: isinstance(x, Leaf))
 
 
 def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any) -> State:

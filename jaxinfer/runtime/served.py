@@ -20,9 +20,10 @@ from jaxinfer.errors import Closed, InvalidRequest
 from jaxinfer.request import check_options
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.living import Living
+from jaxinfer.runtime.memory import held
 from jaxinfer.runtime.replies import Reply, Task, Waiter
 from jaxinfer.runtime.runner import Flight, Runner, Work
-from jaxinfer.runtime.versions import Version, check_like, own
+from jaxinfer.runtime.versions import Version, fit, own
 from jaxinfer.scheduler import AGEING
 from jaxinfer.scheduler.batcher import Ask
 
@@ -162,9 +163,9 @@ class Served(Living):
 
     def swap(self, params: Any) -> int:
         """Run new batches on other weights of the same structure, shapes and dtypes, with no compile; batches that run
-        now end on the old ones. Returns the new version's number. Raises InvalidOption if they do not match."""
-        check_like(params, self._programs.params)
-        params = own(params, self.device)
+        now end on the old ones. Where a weight is quantised, floats in its place are quantised as it was. Returns the
+        new version's number. Raises InvalidOption if they do not match."""
+        params = own(fit(params, self._programs.params), self.device)
         with self._swapping:
             if self._runner.closed:
                 raise Closed()
@@ -186,8 +187,7 @@ class Served(Living):
     @property
     def nbytes(self) -> int:
         """Bytes of the weights, and of what the largest Executable needs beside them."""
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        return weights + max((entry.bytes for entry in self.ledger), default=0)
+        return held(self.params) + max((entry.bytes for entry in self.ledger), default=0)
 
     @property
     def ledger(self) -> Ledger:
