@@ -138,7 +138,7 @@ def trace(lm: ji.LanguageModel, count: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=["8b", "1b"])
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=["1b", "8b"])
     parser.add_argument("--quick", action="store_true", help="a check that it runs, on any device: a tiny shape")
     parser.add_argument("--memory", default="70GiB")
     options = parser.parse_args()
@@ -147,7 +147,7 @@ def main() -> None:
     elif jax.default_backend() != "gpu":
         raise SystemExit("there is no GPU here: bench/decode_gpu.py --quick only sees that it runs")
     copied = bandwidth()
-    lines, others, data = [], [], {"bandwidth": copied}
+    lines, others, quantised, data = [], [], [], {"bandwidth": copied}
     for shape in options.shapes:
         with tempfile.TemporaryDirectory() as folder:
             path = write(Path(folder), SHAPES[shape])
@@ -177,17 +177,34 @@ def main() -> None:
                 rates = [prefill(lm, 2 if options.quick else 8, long) for _ in range(rounds + 1)][1:]
                 alone = gemms(lm, 8 * long, min(2048, long))
                 served = [trace(lm, 4 if options.quick else 512) for _ in range(2)][1] if not options.quick else {}
-                found = {f"prefill of 8 x {long}, tokens/s": median(rates), "the same matmuls alone, tokens/s": alone,
+                prefill_name = f"prefill of 8 x {long}, tokens/s"
+                found = {prefill_name: median(rates), "the same matmuls alone, tokens/s": alone,
                          **{f"first token of {n} tokens, ms": 1e3 * first_token(lm, n, rounds) for n in (long, short)},
                          **{f"512 mixed requests, {name}/s": value for name, value in served.items()}}
                 data[shape] = found
                 others += [[shape, name, f"{value:,.1f}"] for name, value in found.items()]
                 print(*others, sep="\n", flush=True)
+            del lm  # its memory
+            for scheme in ("int8", "int4", "fp8"):
+                with ji.load(path, max_rows=8, memory=options.memory, quantize=scheme,
+                             max_context=96 if options.quick else longest) as lm:
+                    first = cases[0]
+                    engine_step(lm, *first, new)  # compiles
+                    step = median(engine_step(lm, *first, new) for _ in range(rounds))
+                    rate = median([prefill(lm, 2 if options.quick else 8, long) for _ in range(rounds + 1)][1:])
+                    base = data[f"{shape} x {first[0]} at {first[1]}"]["engine"], data[shape][prefill_name]
+                    data[f"{shape} {scheme}"] = {"engine": step, "prefill": rate}
+                    quantised.append([shape, scheme, f"{1e3 * step:.2f}", f"{base[0] / step:.2f}", f"{rate:,.0f}",
+                                      f"{rate / base[1]:.2f}"])
+                    print(*quantised[-1], flush=True)
     name = jax.devices()[0].device_kind
     body = (f"{name}: a copy moves {copied / 1e12:.2f} TB/s. Random weights, bfloat16; medians of 3.\n\n"
             + table(["shape", "rows", "context", "engine ms", "bare ms", "floor ms", "floor / engine", "asked",
                      "engine over bare"], lines)
-            + "\n\n" + table(["shape", "", "here"], others, words=2))
+            + "\n\n" + table(["shape", "", "here"], others, words=2)
+            + "\n\nQuantised weights; asked: int8 >= 1.6 x bfloat16 with one row, fp8 >= 1.5 x its prefill.\n\n"
+            + table(["shape", "weights", "engine ms, 1 row", "x bfloat16", "prefill tokens/s", "x bfloat16"], quantised,
+                    words=2))
     publish("decode_gpu", "Generation on the GPU", body, data, keep=not options.quick)
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bench.support.random_checkpoint import SHAPES
 from bench.support.report import publish, table
 from jaxinfer import compiler, kernels
 from jaxinfer.compiler import Executables, Key, Ladder
@@ -33,12 +34,6 @@ from jaxinfer.graph import Graph, Run
 from jaxinfer.runtime import memory as planning
 from jaxinfer.scheduler import PageGroup
 
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 32,
-         "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
-         "tie_word_embeddings": False}
-TINY = {**LLAMA, "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8,
-        "head_dim": 16, "num_hidden_layers": 2}
 ASKED, DTYPE = 1.35, jnp.dtype(jnp.bfloat16)
 
 
@@ -136,7 +131,7 @@ def main() -> None:
         print(f"{given.devices} devices are needed, {len(devices)} are here; nothing was measured")
         return
     compiler.enable()
-    graph = architecture(TINY if given.quick else LLAMA, max_context=given.context + steps).graph()
+    graph = architecture(SHAPES["tiny" if given.quick else "8b"], max_context=given.context + steps).graph()
     mesh = Mesh(np.array(devices[: given.devices]), ("model",))
     several = spread(graph, mesh)
     times: dict[int, list[float]] = {}
