@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import Phase, given, settings
 
-from jaxinfer.kernels import attend, matmul
+from jaxinfer.kernels import attend, matmul_dense
 from jaxinfer.testing import MIXED, Case, RunShape, attend_cases, check_op, matmul_cases
 
 SMALL = RunShape(tokens=4, rows=4, longest=1, S=2, P=3, pages=14)
@@ -63,7 +63,7 @@ def test_a_check_says_what_it_cannot_check(case):
     with pytest.raises(ValueError, match="needs a reference"):
         check_op(partial(jnp.matmul), case)
     with pytest.raises(ValueError, match="matmul has no 'abacus' here for this call; it has"):
-        check_op(matmul, case, how="abacus")
+        check_op(matmul_dense, case, how="abacus")
 
 
 def test_a_result_of_another_dtype_is_another_result():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.graph import Pages
-from jaxinfer.kernels.attention_gpu import NEVER, attend_triton
+from jaxinfer.kernels.attention_gpu import NEVER, attend_triton, takes_triton
 from jaxinfer.kernels.attention_tpu import Interleaved, attend_ragged, takes_ragged
 from jaxinfer.kernels.op import Cut, Op
 from jaxinfer.kernels.pages import write
@@ -210,11 +210,6 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
     return _normalise(top_TKG, sum_TKG, out_TKGH, sinks_KG).reshape(T, N, H), pages
 
 
-def takes_plain(q_TNH, k_TKH, v_TKH, pages, run, *, sinks_N=None, **_) -> bool:
-    """Calls without sinks, over pages of the usual layout."""
-    return isinstance(pages, Pages) and sinks_N is None
-
-
 def cut_heads(q_TNH, k_TKH, v_TKH, pages, run) -> Cut:
     """A KV head and its query heads know nothing of the others."""
     heads = None, "heads"
@@ -223,7 +218,7 @@ def cut_heads(q_TNH, k_TKH, v_TKH, pages, run) -> Cut:
 
 EVERYWHERE = ("cpu", "gpu", "tpu")
 attend = Op("attend", reference=attend_reference,
-            fast={"triton": (("gpu",), attend_triton, takes_plain), "ragged": (("tpu",), attend_ragged, takes_ragged),
+            fast={"triton": (("gpu",), attend_triton, takes_triton), "ragged": (("tpu",), attend_ragged, takes_ragged),
                   "visits": (EVERYWHERE, attend_visits), "by_page": (EVERYWHERE, attend_by_page)},
             cut=cut_heads)
 LAYOUTS = {"ragged": Interleaved}

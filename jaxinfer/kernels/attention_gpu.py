@@ -25,7 +25,13 @@ LOG2E = math.log2(math.e)
 BLOCKS = 264  # of decode, at least, where there are pages enough: two for each of an H100's 132 multiprocessors
 WARPS, STAGES = 4, 3
 PREFILL = 4, 2
+TILE = 16
 QUERIES = 64  # of a block of many tokens
+
+
+def takes_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, sinks_N=None, **_) -> bool:
+    """Calls without sinks, over pages of the usual layout whose slots and heads fill a tile of Triton's."""
+    return isinstance(pages, Pages) and sinks_N is None and min(pages.shape[2:]) >= TILE
 
 
 def attend_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, group, scale, window=None, softcap=None):
@@ -118,7 +124,7 @@ def _decode_kernel(kv_len_ref, table_ref, x_ref, _k, _v, out_ref, size_ref, k_pa
     k, r, c = (pl.program_id(axis) for axis in range(3))
     (C, _, N, H), (K, S) = out_ref.shape, k_pages_ref.shape[1:3]
     G = N // K
-    g_G1, s_S = jnp.arange(max(16, _power(G)))[:, None], jnp.arange(S)
+    g_G1, s_S = jnp.arange(max(TILE, _power(G)))[:, None], jnp.arange(S)
     h_1H, n_G1 = jnp.arange(_power(H))[None], k * G + g_G1
     heads_G1, width_1H = g_G1 < G, h_1H < H
     here = kv_len_ref[r] - 1  # the new token's position; -1 in a padded row
@@ -186,7 +192,7 @@ def _prefill(x_TXH, pages: Pages, run: Run, table_RP, *, scale, window, softcap)
     blocks of QUERIES (tokens x heads). What belongs to no row is left as it was."""
     (T, X, H), K, R = x_TXH.shape, pages.k.shape[1], len(run.kv_lens_R)
     N = X - 2 * K
-    tokens = min(max(16, QUERIES // _power(N // K)), _power(T))
+    tokens = min(max(TILE, QUERIES // _power(N // K)), _power(T))
     lens_R = run.cu_q_lens[1:] - run.cu_q_lens[:-1]
     ends_R = jnp.cumsum(-(-lens_R // tokens))
     b_B = jnp.arange(min(T, -(-T // tokens) + R))[::-1]  # the last blocks of a long row take the longest
