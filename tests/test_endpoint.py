@@ -616,6 +616,15 @@ def test_refit_fits_the_ladder_to_what_came():
             assert ask(5).shape == (5, 4) and ask(21).shape == (21, 4)
         assert not [e for e in seen if isinstance(e, events.Compiling)]
         assert any(e.hits and e.name == "apply[B=1,n=5]" for e in f.ledger)
+        assert len(f.ledger.entries) == 3 * len(f.ladders["B"]), "programs of the old ladder are kept"
+
+
+@pytest.mark.parametrize(("max_batch", "length", "given"), [(64, 512, {}), (64, 8, {}), (1000, 4096, {"B": (1, 64)})])
+def test_ladders_make_no_more_than_sixteen_executables_unless_they_are_asked_for(max_batch, length, given):
+    with ji.endpoint(lambda x: 2 * x, example={"x": np.zeros(length, np.float32)}, ragged={"x": {0: "n"}},
+                     max_batch=max_batch, ladders=given) as f:
+        assert len(f.ladders["B"]) * len(f.ladders["n"]) <= 16
+        assert f.ladders["B"][-1] == (64 if given else max_batch) and f.ladders["n"][-1] == length
 
 
 # Versions.

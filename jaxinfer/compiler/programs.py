@@ -33,7 +33,7 @@ class Programs:
         self.ledger = Ledger()
         self._ready: dict[Any, Callable] = {}
         self._pending: dict[Any, Future] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="jaxinfer-compile")
 
     @abstractmethod
@@ -90,6 +90,14 @@ class Programs:
 
     def is_ready(self, key: Any) -> bool:
         return key in self._ready
+
+    def keep(self, wanted: Callable[[Any], bool]) -> None:
+        """Forget the programs of all other keys."""
+        with self._lock:
+            for key in [key for key in self._pending if not wanted(key)]:
+                del self._pending[key]
+                self._ready.pop(key, None)
+                self.ledger.entries.pop(str(key), None)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -75,7 +75,8 @@ class Endpoint(Served):
     def refit(self, rungs: int = 8, least_gain: float = 0.05) -> dict[str, tuple[int, ...]]:
         """Choose the ladders that would have padded the requests so far the least, with at most `rungs` for each axis,
         and as few as leave no more than the share `least_gain` of what is computed to be saved: each is a compile. They
-        are compiled while the old ones serve, which they replace between two batches. Returns the new ladders."""
+        are compiled while the old ones serve, which they replace between two batches, and which are forgotten then.
+        Returns the new ladders."""
         if type(rungs) is not int or rungs < 1 or not 0 <= least_gain < 1:
             raise InvalidOption(f"rungs is {rungs!r} and least_gain {least_gain!r}; they must be an integer >= 1, and "
                                 "a share from 0 on below 1")
@@ -84,8 +85,11 @@ class Endpoint(Served):
         axes = {name: fit_rungs(seen[name], rungs_now[-1], rungs, least_gain) if seen.get(name) else rungs_now
                 for name, rungs_now in old.axes.items()}
         new = Ladders(axes)
-        self.functions.compile_all(*new.keys(self._named))
+        keys = new.keys(self._named)
+        self.functions.compile_all(*keys)
         self._runner.call(partial(self._change_ladders, new))
+        if keys:
+            self.functions.keep(lambda key: key in keys)
         return axes
 
     def _change_ladders(self, ladders: Ladders) -> None:

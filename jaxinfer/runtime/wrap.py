@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxinfer import compiler
-from jaxinfer.compiler.buckets import powers
+from jaxinfer.compiler.buckets import MOST_BUCKETS, powers
 from jaxinfer.compiler.functions import Functions, LeafLike
 from jaxinfer.errors import InvalidOption
 from jaxinfer.frontend.modules import as_function
@@ -40,8 +41,9 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     `ragged`: axes that differ from request to request, by array and named: {"ids": {0: "length"}}. They are padded
     with `pad[path]` (0), to a rung of `ladders[name]`; results are cut to what the function gives for the true size.
     That padding changes nothing else is for the function to see to, by a mask or by `pad`: the example is tried.
-    `ladders`: rungs by axis, "B" for the batch: by default powers of two, to `max_batch` and to the example's size.
-    None for an axis: it is not padded, and every size of it is compiled.
+    `ladders`: rungs by axis, "B" for the batch: by default powers of two, to `max_batch` and to the example's size (of
+    four, of eight, ... where two would make more than sixteen Executables). None for an axis: it is not padded, and
+    every size of it is compiled.
     `max_delay`: seconds that the oldest request waits for company while the device is busy (an idle one takes what
     there is). `max_waiting`: requests that may wait; one more is Rejected.
     `memory`: bytes, or a text such as "1GiB", that the weights and the largest batch may take: `warmup`, and so a
@@ -159,18 +161,24 @@ def _sizes(leaves: Sequence[LeafLike], arguments: Any) -> dict[str, int]:
 
 def _ladders(leaves: Sequence[LeafLike], arguments: Any, given: Mapping[str, Sequence[int] | None], max_batch: int
              ) -> Ladders:
-    axes = {BATCH: powers(max_batch)} | {name: powers(size, least=min(16, size))
-                                         for name, size in _sizes(leaves, arguments).items()}
-    if unknown := sorted(set(given) - set(axes)):
-        raise InvalidOption(f"ladders names {unknown}; the axes are {sorted(axes)}")
+    """The given ladders; for the other axes powers of two, of four, ...: as fine as sixteen Executables allow."""
+    sizes = _sizes(leaves, arguments)
+    least = {BATCH: 1} | {name: min(16, size) for name, size in sizes.items()}
+    most = {BATCH: max_batch} | sizes
+    if unknown := sorted(set(given) - set(most)):
+        raise InvalidOption(f"ladders names {unknown}; the axes are {sorted(most)}")
     for name, rungs in given.items():
         if rungs is None and name != BATCH:
-            del axes[name]
             continue
         if (not isinstance(rungs, Sequence) or not rungs or not all(type(r) is int and r > 0 for r in rungs)
                 or list(rungs) != sorted(set(rungs))):
             raise InvalidOption(f"the ladder of {name!r} is {rungs!r}; it must be rising sizes, such as (1, 8, 64)")
-        axes[name] = tuple(rungs)
+    factor, axes = 1, {}
+    while factor == 1 or (math.prod(map(len, axes.values())) > MOST_BUCKETS and factor < max(most.values())):
+        factor *= 2
+        axes = {name: powers(size, least=least[name], factor=factor) for name, size in most.items()}
+        axes |= {name: tuple(rungs) for name, rungs in given.items() if rungs is not None}
+        axes = {name: rungs for name, rungs in axes.items() if name not in given or given[name] is not None}
     return Ladders(axes)
 
 
