@@ -194,7 +194,7 @@ class Executables(Programs):
             for f in idle[: max(0, len(self._functions) - MOST_FUNCTIONS)]:
                 del self._functions[f]
             kept = {None, *self._functions, *busy, *compiling}
-            self.keep(lambda key: key.function in kept)
+            self.keep_only(lambda key: key.function in kept)
         return self.prepare(*(Key("logits", rows, function) for rows in self._rows))
 
     def prepare_kinds(self, *kinds: str) -> list[Future]:

@@ -91,7 +91,7 @@ class Programs:
     def is_ready(self, key: Any) -> bool:
         return key in self._ready
 
-    def keep(self, wanted: Callable[[Any], bool]) -> None:
+    def keep_only(self, wanted: Callable[[Any], bool]) -> None:
         """Forget the programs of all other keys."""
         with self._lock:
             for key in [key for key in self._pending if not wanted(key)]:

@@ -89,7 +89,7 @@ class Endpoint(Served):
         self.functions.compile_all(*keys)
         self._runner.call(partial(self._change_ladders, new))
         if keys:
-            self.functions.keep(lambda key: key in keys)
+            self.functions.keep_only(lambda key: key in keys)
         return axes
 
     def _change_ladders(self, ladders: Ladders) -> None:
