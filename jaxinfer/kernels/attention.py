@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.graph import Pages
-from jaxinfer.kernels.attention_gpu import NEVER, attend_triton, takes_triton
 from jaxinfer.kernels.attention_tpu import Interleaved, attend_ragged, takes_ragged
 from jaxinfer.kernels.op import Cut, Op
 from jaxinfer.kernels.pages import write
+
+NEVER = -1e30  # finite: a row that sees nothing yet keeps exp(NEVER - NEVER) away from NaN
+TILE = 16  # the least that Triton multiplies
 
 
 def init_pages(num_pages: int, page_size: int, kv_heads: int, head_width: int, dtype) -> Any:
@@ -208,6 +210,17 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
     sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
     top_TKG, sum_TKG, out_TKGH = lax.fori_loop(pages_from, pages_to, read, start)
     return _normalise(top_TKG, sum_TKG, out_TKGH, sinks_KG).reshape(T, N, H), pages
+
+
+def takes_triton(q_TNH, k_TKH, v_TKH, pages, run, *, sinks_N=None, **_) -> bool:
+    """Calls without sinks, over pages of the usual layout whose slots and heads fill a tile of Triton's."""
+    return isinstance(pages, Pages) and sinks_N is None and min(pages.shape[2:]) >= TILE
+
+
+def attend_triton(*args, **options):
+    from jaxinfer.kernels import attention_gpu  # Pallas takes a while to import
+
+    return attention_gpu.attend_triton(*args, **options)
 
 
 def cut_heads(q_TNH, k_TKH, v_TKH, pages, run) -> Cut:

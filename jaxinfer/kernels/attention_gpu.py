@@ -18,20 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxinfer.graph import Pages, Run
+from jaxinfer.kernels.attention import NEVER, TILE
 from jaxinfer.kernels.op import platform
 
-NEVER = -1e30  # finite: a row that sees nothing yet keeps exp(NEVER - NEVER) away from NaN
 LOG2E = math.log2(math.e)
 BLOCKS = 264  # of decode, at least, where there are pages enough: two for each of an H100's 132 multiprocessors
 WARPS, STAGES = 4, 3
 PREFILL = 4, 2
-TILE = 16
 QUERIES = 64  # of a block of many tokens
-
-
-def takes_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, sinks_N=None, **_) -> bool:
-    """Calls without sinks, over pages of the usual layout whose slots and heads fill a tile of Triton's."""
-    return isinstance(pages, Pages) and sinks_N is None and min(pages.shape[2:]) >= TILE
 
 
 def attend_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, group, scale, window=None, softcap=None):
