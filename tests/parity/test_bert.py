@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import jaxinfer
 from jaxinfer.errors import CheckpointMismatch, InvalidOption, UnsupportedModel
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.frontend.checkpoint import open_checkpoint
@@ -187,6 +188,8 @@ def test_minilm_gives_the_vectors_of(peer, minilm):
     expected = peer(minilm)
     error = abs(vectors - expected).max()
     assert error <= 1e-5
+    with jaxinfer.load("all-minilm-l6-v2", dtype="float32") as loaded:
+        assert abs(loaded.embed(TEXTS) - expected).max() <= 1e-5
     assert (expected @ expected.T).min() < 0.1, "vectors all alike prove nothing"
 
 
