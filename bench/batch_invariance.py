@@ -16,22 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 import jaxinfer as ji
+from bench.support.decoding import decode_rate
 from bench.support.report import publish, table
 
 CONTEXT, ROWS = 1024, 32
 
 
 def decode(lm: ji.LanguageModel, rows: int, prompt: int, new: int) -> float:
-    """Tokens per second of `rows` requests, from when all of them decode until the first one ends."""
-    prompts = np.random.default_rng(rows).integers(10, 40000, (rows, prompt)).tolist()
-    sampling = ji.Sampling(max_tokens=new + rows, ignore_eos=True)
-    times: list[list[float]] = [[] for _ in prompts]
-    note = lambda at: lambda piece: at.extend([time.perf_counter()] * len(piece.tokens))
-    answers = [lm.submit(p, sampling, reuse=False, on_piece=note(at)) for p, at in zip(prompts, times, strict=True)]
-    for answer in answers:
-        answer.result()
-    begun, ended = max(at[0] for at in times), min(at[-1] for at in times)
-    return sum(begun < when <= ended for at in times for when in at) / (ended - begun)
+    return decode_rate(lm, rows, prompt, new + rows)
 
 
 def prefill(lm: ji.LanguageModel, tokens: int) -> float:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxinfer as ji
+from bench.support.decoding import decode_rate
 from bench.support.random_checkpoint import SHAPES, write
 from bench.support.report import publish, table
 from jaxinfer.compiler import Key
@@ -59,16 +60,7 @@ def floor_bytes(lm: ji.LanguageModel, rows: int, context: int) -> int:
 def engine_step(lm: ji.LanguageModel, rows: int, context: int, new: int) -> float:
     """Seconds of a step while all rows decode, around `context`."""
     new += rows * context // lm._engine.executables.ladder.budget
-    prompts = np.random.default_rng(rows).integers(10, lm.graph.vocab, (rows, context - new // 2)).tolist()
-    times: list[list[float]] = [[] for _ in prompts]
-    note = lambda at: lambda piece: at.extend([time.perf_counter()] * len(piece.tokens))
-    sampling = ji.Sampling(max_tokens=new, ignore_eos=True)
-    answers = [lm.submit(p, sampling, reuse=False, on_piece=note(at)) for p, at in zip(prompts, times, strict=True)]
-    for answer in answers:
-        answer.result()
-    begun, ended = max(at[0] for at in times), min(at[-1] for at in times)
-    drawn = sum(begun < when <= ended for at in times for when in at)
-    return (ended - begun) * rows / drawn
+    return rows / decode_rate(lm, rows, context - new // 2, new)
 
 
 def bare_step(lm: ji.LanguageModel, rows: int, context: int, steps: int) -> float:

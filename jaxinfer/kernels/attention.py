@@ -32,7 +32,7 @@ def init_pages(num_pages: int, page_size: int, kv_heads: int, head_width: int, d
     return Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def _soft_cap(scores, cap):
+def soft_cap(scores, cap):
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
@@ -51,7 +51,7 @@ def attend_reference(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=No
         seen_TS &= at_TS > here_T - window
     k_TKSH, v_TKSH = (jnp.where(seen_TS[:, None, :, None], x_TKSH, 0) for x_TKSH in (k_TKSH, v_TKSH))
     q_TKGH = q_TNH.reshape(T, K, N // K, H).astype(pages.dtype).astype(jnp.float32)
-    scores_TKGS = _soft_cap(jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, k_TKSH) * scale, softcap)
+    scores_TKGS = soft_cap(jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, k_TKSH) * scale, softcap)
     scores_TKGS = jnp.where(seen_TS[:, None, None], scores_TKGS, NEVER)
     if sinks_N is not None:
         sinks = jnp.broadcast_to(sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1), (T, K, N // K, 1))
@@ -136,7 +136,7 @@ def _walk(q_RQNH, pages, table_RP, lens_R, kv_lens_R, scale, window, softcap, si
             seen_CQS &= at_CS[:, None] > here_RQ[row_C][:, :, None] - window
         k_CKSH, v_CKSH = pages.read(jnp.where(visit_C < ends_R[-1], table_RP[row_C, nth_C], 0))
         scores = jnp.einsum("CKXH,CKSH->CKXS", q_RKXH[row_C], k_CKSH, preferred_element_type=jnp.float32)
-        scores = _soft_cap(scores * scale, softcap).reshape(C, K, G, Q, page_size)
+        scores = soft_cap(scores * scale, softcap).reshape(C, K, G, Q, page_size)
         scores = jnp.where(seen_CQS[:, None, None], scores, NEVER).reshape(C, K, G * Q, page_size)
         owns_RC = (row_C[None] == jnp.arange(R)[:, None]) & (visit_C < ends_R[-1])[None]
         top_new = jnp.maximum(top_RKX, jnp.where(owns_RC[:, :, None, None], scores.max(-1)[None], NEVER).max(1))
@@ -194,7 +194,7 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
             seen_TS &= at_TS > here_T[:, None] - window
         k_TKSH, v_TKSH = pages.read(jnp.where(open_T, table_TP[:, p], 0))
         scores = jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, k_TKSH, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen_TS[:, None, None], _soft_cap(scores * scale, softcap), NEVER)
+        scores = jnp.where(seen_TS[:, None, None], soft_cap(scores * scale, softcap), NEVER)
         top_new = jnp.maximum(top_TKG, scores.max(-1))
         weights = jnp.where(seen_TS[:, None, None], jnp.exp(scores - top_new[..., None]), 0)
         v_TKSH = jnp.where(seen_TS[:, None, :, None], v_TKSH, 0)

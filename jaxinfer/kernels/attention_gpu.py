@@ -18,13 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxinfer.graph import Pages, Run
-from jaxinfer.kernels.attention import NEVER, TILE
+from jaxinfer.kernels.attention import NEVER, TILE, soft_cap
 from jaxinfer.kernels.op import platform
 
 LOG2E = math.log2(math.e)
 BLOCKS = 264  # of decode, at least, where there are pages enough: two for each of an H100's 132 multiprocessors
-WARPS, STAGES = 4, 3
-PREFILL = 4, 2
+DECODE, PREFILL, ONE = (4, 3), (4, 2), (4, 1)  # warps, and stages of a kernel's loop
 QUERIES = 64  # of a block of many tokens
 
 
@@ -48,10 +47,10 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _call(kernel, *, grid, out, warps, stages, aliases=None):
+def _call(kernel, tuned, *, grid, out, aliases=None):
     """A Triton kernel on whole arrays, each program of which finds its own part; elsewhere it is interpreted."""
     interpret = platform() != "gpu"
-    params = None if interpret else plt.CompilerParams(num_warps=warps, num_stages=stages)
+    params = None if interpret else plt.CompilerParams(num_warps=tuned[0], num_stages=tuned[1])
     return pl.pallas_call(kernel, grid=grid, out_shape=out, input_output_aliases=aliases or {}, interpret=interpret,
                           compiler_params=params)
 
@@ -75,10 +74,8 @@ def _store(ref, value, *at, mask):
 
 def _scores(q_XH, k_SH, seen_XS, scale, softcap):
     """In units of log 2, since the exponential to base 2 is the one that the hardware has."""
-    scores_XS = _dot(q_XH, k_SH, trans_b=True) * scale
-    if softcap is not None:
-        scores_XS = softcap * jnp.tanh(scores_XS / softcap)
-    return scores_XS * LOG2E if seen_XS is True else jnp.where(seen_XS, scores_XS * LOG2E, NEVER)
+    scores_XS = soft_cap(_dot(q_XH, k_SH, trans_b=True) * scale, softcap) * LOG2E
+    return scores_XS if seen_XS is True else jnp.where(seen_XS, scores_XS, NEVER)
 
 
 def _add(carry, scores_XS, seen_XS, v_SH):
@@ -104,12 +101,12 @@ def _decode(x_TXH, pages: Pages, kv_lens_R, table_RP, *, scale, window, softcap)
            jax.ShapeDtypeStruct((C, R, N), jnp.float32),
            *(jax.ShapeDtypeStruct(page.shape, page.dtype) for page in pages)]
     kernel = partial(_decode_kernel, scale=scale, window=window, softcap=softcap)
-    call = _call(kernel, grid=(K, R, C), out=out, warps=WARPS, stages=STAGES, aliases={3: 2, 4: 3})
+    call = _call(kernel, DECODE, grid=(K, R, C), out=out, aliases={3: 2, 4: 3})
     out_CRNH, size_CRN, *written = call(kv_lens_R, table_RP, x_TXH, *pages)
     if C == 1:
         return out_CRNH[0], Pages(*written)
     merged = [jax.ShapeDtypeStruct((R, N, H), dtype)]
-    return _call(_merge_kernel, grid=(R, N), out=merged, warps=4, stages=1)(out_CRNH, size_CRN)[0], Pages(*written)
+    return _call(_merge_kernel, ONE, grid=(R, N), out=merged)(out_CRNH, size_CRN)[0], Pages(*written)
 
 
 def _decode_kernel(kv_len_ref, table_ref, x_ref, _k, _v, out_ref, size_ref, k_pages_ref, v_pages_ref, *,
@@ -135,10 +132,8 @@ def _decode_kernel(kv_len_ref, table_ref, x_ref, _k, _v, out_ref, size_ref, k_pa
     for ref, x_1H in zip((k_pages_ref, v_pages_ref), new, strict=True):
         _store(ref, x_1H, page, k, slot, h_1H, mask=width_1H & is_last)
     k_1H, v_1H = (x.astype(jnp.float32) for x in new)
-    score_G = (q_GH.astype(jnp.float32) * k_1H).sum(1) * scale
-    if softcap is not None:
-        score_G = softcap * jnp.tanh(score_G / softcap)
-    carry = (jnp.where(is_last, score_G * LOG2E, NEVER), jnp.where(is_last, jnp.ones_like(score_G), 0.0),
+    score_G = soft_cap((q_GH.astype(jnp.float32) * k_1H).sum(1) * scale, softcap) * LOG2E
+    carry = (jnp.where(is_last, score_G, NEVER), jnp.where(is_last, jnp.ones_like(score_G), 0.0),
              jnp.where(is_last, jnp.broadcast_to(v_1H, q_GH.shape), 0.0))
 
     def read(p, carry):
@@ -167,7 +162,7 @@ def _merge_kernel(out_ref, size_ref, merged_ref):
 def _write(x_TXH, pages: Pages, page_T, slot_T) -> Pages:
     """Each token's key and value at its slot of its page; nowhere for page -1."""
     out = [jax.ShapeDtypeStruct(page.shape, page.dtype) for page in pages]
-    return Pages(*_call(_write_kernel, grid=page_T.shape, out=out, warps=4, stages=1, aliases={3: 0, 4: 1})(
+    return Pages(*_call(_write_kernel, ONE, grid=page_T.shape, out=out, aliases={3: 0, 4: 1})(
         page_T, slot_T, x_TXH, *pages))
 
 
@@ -194,7 +189,7 @@ def _prefill(x_TXH, pages: Pages, run: Run, table_RP, *, scale, window, softcap)
     nth_B = jnp.where(b_B < ends_R[-1], b_B - ends_R[row_B] - (-lens_R[row_B] // tokens), lens_R[row_B])
     kernel = partial(_prefill_kernel, tokens=tokens, scale=scale, window=window, softcap=softcap)
     out = [jax.ShapeDtypeStruct((T, N, H), pages.k.dtype)]
-    call = _call(kernel, grid=(len(b_B), K), out=out, warps=PREFILL[0], stages=PREFILL[1])
+    call = _call(kernel, PREFILL, grid=(len(b_B), K), out=out)
     return call(row_B, nth_B, run.cu_q_lens, run.kv_lens_R, table_RP, x_TXH, *pages)[0]
 
 

@@ -213,8 +213,8 @@ class LanguageModel(Living):
         if running not in ("finish", "continue"):
             raise InvalidOption(f"running is {running!r}; it must be 'finish' or 'continue'")
         self._check_process()
-        params = fit(params, self._engine.executables.params)
-        placed = [over_leaves(place.put, self.graph.spec, copied(params)) for place in self.placements]
+        params = copied(fit(params, self._engine.executables.params))
+        placed = [over_leaves(place.put, self.graph.spec, params) for place in self.placements]
         with self._swapping:
             number = next(self._numbers)
             for shard, params in zip(self._front.shards, placed, strict=True):
