@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from jaxinfer.graph import Pages, Run
 from jaxinfer.kernels.attention import NEVER, TILE, soft_cap
-from jaxinfer.kernels.op import platform
+from jaxinfer.kernels.triton import call as _call
+from jaxinfer.kernels.triton import dot as _dot
+from jaxinfer.kernels.triton import load as _load
+from jaxinfer.kernels.triton import power as _power
+from jaxinfer.kernels.triton import store as _store
 
 LOG2E = math.log2(math.e)
 BLOCKS = 264  # of decode, at least, where there are pages enough: two for each of an H100's 132 multiprocessors
@@ -41,35 +44,6 @@ def attend_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, group, scale, window=
     page_T = jnp.where(run.valid_T, table_RP[run.row_T, position_T // page_size], -1)
     pages = _write(x_TXH, pages, page_T, position_T % page_size)
     return _prefill(x_TXH, pages, run, table_RP, window=window, **how), pages
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _call(kernel, tuned, *, grid, out, aliases=None):
-    """A Triton kernel on whole arrays, each program of which finds its own part; elsewhere it is interpreted."""
-    interpret = platform() != "gpu"
-    params = None if interpret else plt.CompilerParams(num_warps=tuned[0], num_stages=tuned[1])
-    return pl.pallas_call(kernel, grid=grid, out_shape=out, input_output_aliases=aliases or {}, interpret=interpret,
-                          compiler_params=params)
-
-
-def _dot(a, b, **how):
-    exact = a.dtype == jnp.float32
-    return plt.dot(a, b, precision=lax.Precision.HIGHEST if exact else None, **how)
-
-
-def _load(ref, *at, mask):
-    """What a block of an array holds; zero where the mask is false."""
-    if mask is True:
-        return plt.load(ref.at[at])
-    shape = jnp.broadcast_shapes(*(x.shape for x in at if getattr(x, "ndim", 0)))
-    return plt.load(ref.at[at], mask=jnp.broadcast_to(mask, shape), other=0)
-
-
-def _store(ref, value, *at, mask):
-    plt.store(ref.at[at], value.astype(ref.dtype), mask=jnp.broadcast_to(mask, value.shape))
 
 
 def _scores(q_XH, k_SH, seen_XS, scale, softcap):
