@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Params, Run, StateGroup
 from jaxinfer.graphs.rope import Rope, turns
-from jaxinfer.kernels import attend, embed_rows, matmul, rms_norm, rope, route, routed_ffn, split
+from jaxinfer.kernels import attend, embed_rows, gated, matmul, rms_norm, rope, route, routed_ffn, split
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -208,8 +208,8 @@ def attention(config: Config, layer: Layer, params: Params, pages: Pages, x_TD: 
 
 def ffn(config: Config, params: Params, x_TD: jax.Array, run: Run) -> jax.Array:
     """The gated feed-forward layer: down(activation(gate) * up)."""
-    gate_TF, up_TF = split(linear(params, "gate_up", x_TD), (config.ffn, config.ffn), "ffn")
-    return linear(params, "down", ACTIVATIONS[config.activation](gate_TF) * up_TF)
+    y_TF = gated(x_TD, params["gate_up"], ACTIVATIONS[config.activation], params.get("gate_up_bias"))
+    return linear(params, "down", y_TF)
 
 
 def experts(config: Config, params: Params, x_TD: jax.Array, run: Run) -> jax.Array:

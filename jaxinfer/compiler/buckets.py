@@ -84,20 +84,30 @@ def powers(most: int, *, least: int = 1, factor: int = 2) -> tuple[int, ...]:
 
 def default_ladder(max_rows: int, max_context: int, chunks: int | None = 0) -> Ladder:
     """Powers of two from 32 to 512 for prompts (of four, from 1,025 rows on) and for rows; then, as far as sixteen
-    programs go, every other row count again for several steps in a call. Where attention can mix any rows (`chunks`
-    is None), steps of up to 2,048 tokens hold whatever comes; where it can mix a few, a prompt chunk shares its step
-    with up to `max_rows` decode rows; where it cannot (0), with none."""
-    rows = tuple(decode(n) for n in powers(max_rows))
-    chunk = min(512 if chunks is not None else 2048, max_context)
+    programs go, every other row count again for several steps in a call. Where attention can mix a few rows (`chunks`
+    of `kernels.chunks`), a prompt chunk shares its step with up to `max_rows` decode rows; where it cannot (0), with
+    none. Where it can mix any (None), see `_mixing_ladder`."""
     if chunks is None:
-        sizes = powers(max(chunk, max_rows), least=min(32, chunk))[len(rows) - MOST_BUCKETS:]
-        first = tuple(Bucket(n, min(max_rows, n), n) for n in sizes)
-    else:
-        sizes = powers(chunk, least=min(32, chunk), factor=2 if max_rows <= 1024 else 4)
-        first = tuple(prompt(n) if chunks == 0 else mixed(max_rows, n) for n in sizes)
+        return _mixing_ladder(max_rows, max_context)
+    rows, chunk = tuple(decode(n) for n in powers(max_rows)), min(512, max_context)
+    sizes = powers(chunk, least=min(32, chunk), factor=2 if max_rows <= 1024 else 4)
+    first = tuple(prompt(n) if chunks == 0 else mixed(max_rows, n) for n in sizes)
     left = MOST_BUCKETS - len(first) - len(rows)
     together = tuple(decode(b.rows, STEPS) for b in rows[::-2][: left // 2])  # each greedy, and not
     return Ladder((*first, *rows, *together[::-1]), chunk, tuple(map(prompt, sizes)))
+
+
+def _mixing_ladder(max_rows: int, max_context: int) -> Ladder:
+    """The ladder of a GPU, which waits for weights until about a hundred tokens are there: one row takes as long as
+    eight, sixteen hardly less than 32, and a prompt of 128 tokens no longer than one of a few. Steps of up to 2,048
+    tokens hold whatever comes. The fewest rows come again for several steps in a call: they wait for the host most."""
+    chunk = min(2048, max_context)
+    rows = [n for n in powers(max_rows, least=min(8, max_rows)) if n != 16 or n == max_rows]
+    sizes = powers(max(chunk, max_rows), least=min(128, chunk))[len(rows) - MOST_BUCKETS:]
+    left = (MOST_BUCKETS - len(rows) - len(sizes)) // 2  # each greedy, and not
+    again = rows if left >= len(rows) else rows[::2][:left]
+    return Ladder((*(Bucket(n, min(max_rows, n), n) for n in sizes), *map(decode, rows),
+                   *(decode(n, STEPS) for n in again)), chunk, tuple(map(prompt, sizes)))
 
 
 def invariant_ladder(max_rows: int, max_context: int) -> Ladder:

@@ -2,7 +2,8 @@
 
 An op's reference says what the weights stand for. `w8a8` rounds the activations too, to eight bits with a scale for
 each token; `w8a16` keeps what that rounding left, in eight bits more. What they compute is exact in its integers, and
-a token's result depends on nothing but the token.
+a token's result depends on nothing but the token. `gated` is two matmuls of the same activations, and what a gated
+feed-forward layer does with them.
 
 Axes: T tokens, I inputs, O outputs, G groups of i inputs. Weights are [O, I], the result is float32 [T, O]: the
 residual stream stays exact, and only the operands of a matmul are rounded.
@@ -10,15 +11,18 @@ residual stream stays exact, and only the operands of a matmul are rounded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels.op import Op
+from jaxinfer.kernels.dense import split
+from jaxinfer.kernels.op import Op, devices
 from jaxinfer.kernels.quantised import FP8, INT4, INT8, Quantised
 
+BATCH = 64  # tokens, up to which a GPU's matmul waits for the weights and not for its arithmetic
 FEW = 16  # tokens, for whom float32 sums of groups [G, T, O] are less than a weight [O, I] in bfloat16
 SLICE = 128  # outputs whose weights are unpacked at a time
 LOW = 2 * INT8.most  # what is left of a number that was rounded is at most a half: 127 of these
@@ -54,7 +58,23 @@ def _dense_rows(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
     return _dense(x_TI, w_OI) if w_OI.dtype == jnp.float32 else _dense(_two_rows(x_TI), w_OI)[: x_TI.shape[0]]
 
 
-matmul_dense = Op("matmul", reference=_dense, fast={"two_rows": (("cpu",), _dense_rows)})
+# A few tokens on a GPU.
+
+
+def takes_few(x_TI: jax.Array, w_OI: jax.Array) -> bool:
+    """Whether our kernel is for such a matmul: on one device, of numbers of two bytes, and of whole blocks."""
+    O, I = w_OI.shape
+    return len(x_TI) <= BATCH and w_OI.dtype.itemsize == 2 and O % 64 == I % 128 == 0 and devices() == 1
+
+
+def _few(x_TI: jax.Array, w_OI: jax.Array, **gate: Any) -> jax.Array:
+    from jaxinfer.kernels.matmul_gpu import few  # Pallas takes a while to import
+
+    return few(x_TI, w_OI, **gate)
+
+
+matmul_dense = Op("matmul", reference=_dense, fast={
+    "few": (("gpu",), _few, takes_few), "two_rows": (("cpu",), _dense_rows)})
 
 
 # A scale for each output: it is applied after the dot, so that XLA's GEMM on a GPU reads the small numbers.
@@ -89,9 +109,9 @@ def _w8a8_int8(x_TI: jax.Array, w_OI: Quantised) -> jax.Array:
     return y_TO.astype(jnp.float32) * scale_T1 * w_OI.scale[None]
 
 
-def _w8a8_fp8(x_TI: jax.Array, w_OI: Quantised) -> jax.Array:
+def _w8a8_fp8(x_TI: jax.Array, w_OI: Quantised, out: Any = jnp.float32) -> jax.Array:
     x_TI, scale_T1 = _scaled(x_TI, FP8.most)
-    return _dot(x_TI.astype(w_OI.values.dtype), w_OI.values) * scale_T1 * w_OI.scale[None]
+    return _dot(x_TI.astype(w_OI.values.dtype), w_OI.values, out) * scale_T1 * w_OI.scale[None]
 
 
 # Scales for groups of inputs.
@@ -144,3 +164,44 @@ matmul_fp8 = Op("matmul_fp8", reference=_weight_only, fast={
 matmul_int4 = Op("matmul_int4", reference=_grouped, fast={
     "by_group": (("gpu",), _by_group), "in_slices": (("cpu",), _in_slices)})
 OPS = {INT8.name: matmul_int8, FP8.name: matmul_fp8, INT4.name: matmul_int4}
+
+
+# Gated.
+
+
+def _gated(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable, bias_O: jax.Array | None = None
+           ) -> jax.Array:
+    return _gate(matmul(x_TI, w_OI), activation, bias_O)
+
+
+def _gate(y_TO: jax.Array, activation: Callable, bias_O: jax.Array | None) -> jax.Array:
+    y_TO = y_TO.astype(jnp.float32) if bias_O is None else y_TO + bias_O.astype(jnp.float32)[None]
+    gate_TF, up_TF = split(y_TO, [y_TO.shape[1] // 2] * 2, "ffn")
+    return activation(gate_TF) * up_TF
+
+
+def _gated_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable,
+                   bias_O: jax.Array | None = None) -> jax.Array:
+    """What the matmul gives is rounded to the weight's dtype: what prompts make would otherwise be written and read in
+    twice as many bytes, and what becomes of it is rounded for the next matmul anyway."""
+    dot = _w8a8_fp8 if isinstance(w_OI, Quantised) else lambda x, w, out: _dot(x.astype(out), w, out)
+    return _gate(dot(x_TI, w_OI, w_OI.dtype), activation, bias_O)
+
+
+def _gated_few(x_TI: jax.Array, w_OI: jax.Array, activation: Callable, bias_O: None = None) -> jax.Array:
+    return _few(x_TI, w_OI, activation=activation)
+
+
+def takes_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised, *_: Any) -> bool:
+    return not isinstance(w_OI, Quantised) or w_OI.format == FP8.name
+
+
+def takes_gated_few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable,
+                    bias_O: jax.Array | None = None) -> bool:
+    """What `few` takes, and an activation that Pallas has in Triton, where there is no error function."""
+    plain = bias_O is None and not isinstance(w_OI, Quantised) and "erf" not in str(jax.make_jaxpr(activation)(0.0))
+    return plain and w_OI.shape[0] % 128 == 0 and takes_few(x_TI, w_OI)
+
+
+gated = Op("gated", reference=_gated, fast={
+    "few": (("gpu",), _gated_few, takes_gated_few), "rounded": (("gpu",), _gated_rounded, takes_rounded)})

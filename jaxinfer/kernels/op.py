@@ -75,6 +75,12 @@ def shards(axis: str) -> int:
     return now.mesh.shape[now.axes[axis]] if now and now.mesh and axis in now.axes else 1
 
 
+def devices() -> int:
+    """How many devices the step being traced is for."""
+    now = _tracing.get()
+    return now.mesh.size if now and now.mesh else 1
+
+
 def whole(x: jax.Array, axes: Axes) -> jax.Array:
     """`x`, made piece by piece along these logical axes, then gathered: all of it on every device. Whoever searches
     through it would otherwise talk at every turn, and XLA might gather what it is made of instead."""
@@ -84,6 +90,8 @@ def whole(x: jax.Array, axes: Axes) -> jax.Array:
     for spec in (now.spec(axes), PartitionSpec()):
         x = jax.lax.with_sharding_constraint(x, NamedSharding(now.mesh, spec))
     return x
+
+
 OPS: WeakValueDictionary[str, Op] = WeakValueDictionary()  # by name, for whoever forces an implementation
 
 

@@ -1,0 +1,63 @@
+"""The matmul for few tokens on GPUs computes what the reference does, here in Pallas' interpreter, and is taken where
+it is for."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from jax.sharding import AbstractMesh
+
+from jaxinfer.graphs.decoder import ACTIVATIONS
+from jaxinfer.kernels import gated, matmul, tracing
+from jaxinfer.kernels.matmul import BATCH
+from jaxinfer.kernels.quantised import FP8, INT8, blank
+from jaxinfer.testing import SEEDS
+
+WEIGHTS = jax.ShapeDtypeStruct((256, 384), jnp.bfloat16)
+forced = {how: jax.jit(partial(matmul, how=how)) for how in ("few", "reference")}
+
+
+def arrays(seed: int, tokens: int) -> tuple[jax.Array, jax.Array]:
+    x_key, w_key = jax.random.split(jax.random.key(seed))
+    return (jax.random.normal(x_key, (tokens, WEIGHTS.shape[1])),
+            jax.random.normal(w_key, WEIGHTS.shape, WEIGHTS.dtype) / 16)
+
+
+@pytest.mark.parametrize("tokens", [3, 16])
+@given(seed=SEEDS)
+def test_few_tokens_are_multiplied_as_many_are(tokens, seed):
+    x_TI, w_OI = arrays(seed, tokens)
+    np.testing.assert_allclose(forced["few"](x_TI, w_OI), forced["reference"](x_TI, w_OI), atol=1e-5)
+    spoilt_TI = x_TI.at[tokens - 1, 5].set(jnp.nan)
+    found_TO = np.asarray(forced["few"](spoilt_TI, w_OI))
+    assert np.isnan(found_TO[-1]).all() and np.isfinite(found_TO[:-1]).all(), "a token's NaN is its own"
+
+
+@pytest.mark.parametrize(("name", "how"), [
+    ("silu", "few"), ("gelu_tanh", "few"), ("silu", "rounded"), ("gelu", "rounded")])
+def test_what_is_gated_on_a_gpu_is_the_references_to_the_weights_rounding(name, how):
+    x_TI, w_OI = arrays(1, 5)
+    found_TF = gated(x_TI, w_OI, ACTIVATIONS[name], how=how)
+    expected_TF = gated(x_TI, w_OI, ACTIVATIONS[name], how="reference")
+    np.testing.assert_allclose(found_TF.astype(jnp.float32), expected_TF, atol=2e-2, rtol=1e-2)
+
+
+def chosen(tokens: int, w_OI, op: str = "matmul", activation="silu", bias=None, **how) -> str:
+    act = {"matmul": matmul, "gated": lambda x, w: gated(x, w, ACTIVATIONS[activation], bias)}[op]
+    with tracing("gpu", **how) as traced:
+        jax.eval_shape(act, jax.ShapeDtypeStruct((tokens, w_OI.shape[1]), jnp.float32), w_OI)
+    return traced.chosen[op if op in traced.chosen else f"{op}_{w_OI.format}"]
+
+
+def test_it_is_taken_for_few_tokens_and_whole_blocks_on_one_device():
+    odd, exact = (jax.ShapeDtypeStruct(*args) for args in (((250, 384), jnp.bfloat16), ((256, 384), jnp.float32)))
+    assert [chosen(tokens, WEIGHTS) for tokens in (1, BATCH, BATCH + 1)] == ["few", "few", "reference"]
+    assert [chosen(8, w) for w in (odd, exact, blank(INT8, (256, 384), jnp.bfloat16))] == ["reference"] * 3
+    assert chosen(8, WEIGHTS, mesh=AbstractMesh((2,), ("model",))) == "reference"
+    assert [chosen(tokens, WEIGHTS, "gated") for tokens in (8, BATCH + 1)] == ["few", "rounded"]
+    assert chosen(8, WEIGHTS, "gated", bias=jnp.zeros(256)) == chosen(8, WEIGHTS, "gated", "gelu") == "rounded"
+    assert chosen(8, blank(FP8, (256, 384), jnp.bfloat16), "gated") == "rounded"
+    assert chosen(8, blank(INT8, (256, 384), jnp.bfloat16), "gated") == "reference"
