@@ -1,5 +1,7 @@
 """Sampling on the device: each row by its own rules, and by nobody else's."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from jaxinfer.kernels import sample, sample_greedy
-from jaxinfer.kernels.sampling import Draws
+from jaxinfer.kernels.sampling import Draws, truncate
 from jaxinfer.testing import SEEDS
 from tests.strategies import Rules, sampling_rules
 
@@ -67,6 +69,20 @@ def test_each_row_draws_from_exactly_what_its_rules_keep(seed, rules):
             scaled_V = (row_V - row_V.max()) / np.float32(rule.temperature)
             stay = kept(scaled_V, rule)
             assert token == stay[np.argmax((scaled_V + noise_V)[stay])]
+
+
+@given(seed=SEEDS, rules=batches)
+def test_the_kernel_for_gpus_truncates_as_the_reference_does(seed, rules):
+    """In Pallas' interpreter; ties, minus infinity and a row with no number among them."""
+    rules = rules[:4]
+    scaled_RV = np.random.default_rng(seed).choice(np.float32([-np.inf, -3, -1.5, -1e-30, -0.0, 0]), (4, V))
+    scaled_RV[:, seed % V], scaled_RV[-1, 0] = 0, np.nan
+    top_k_R, top_p_R = draws(rules, *[np.zeros(4)] * 2)[1:3]
+    found, expected = (truncated[how](scaled_RV, top_k_R, top_p_R) for how in ("triton", "reference"))
+    np.testing.assert_array_equal(found[:-1], expected[:-1])
+
+
+truncated = {how: jax.jit(partial(truncate, how=how)) for how in ("triton", "reference")}
 
 
 @pytest.mark.parametrize(("rule", "keeps"), [
