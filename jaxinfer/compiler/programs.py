@@ -50,7 +50,7 @@ class Programs:
         name = str(key)
         events.emit(events.Compiling(name))
         start = time.perf_counter()
-        where = self.place.mesh, self.place.axes
+        where = self.place.mesh, self.place.axes, self.place.device.device_kind
         with cache.watch() as hits, kernels.tracing(self.platform, self.forced, *where) as trace:
             compiled = self.lower(key).compile()
         entry = self.ledger[name]

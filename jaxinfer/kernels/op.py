@@ -36,6 +36,7 @@ class Tracing:
     chosen: dict[str, str] = field(default_factory=dict)
     mesh: Mesh | None = None
     axes: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """How the mesh cuts an array of these logical axes."""
@@ -47,13 +48,13 @@ _tracing: ContextVar[Tracing | None] = ContextVar("tracing", default=None)
 
 @contextmanager
 def tracing(platform: str, forced: Mapping[str, str] | None = None, mesh: Mesh | None = None,
-            axes: Mapping[str, str] | None = None) -> Iterator[Tracing]:
+            axes: Mapping[str, str] | None = None, kind: str = "") -> Iterator[Tracing]:
     """Trace for `platform` ("cpu", "gpu", "tpu") inside the `with` block, and see what was chosen.
 
     `forced` maps an op's name to the implementation it must take; `axes` a logical axis to the axis of `mesh` that
-    cuts it.
+    cuts it; by the `kind` of device, kernels find what was measured there.
     """
-    token = _tracing.set(Tracing(platform, forced or {}, mesh=mesh, axes=axes or {}))
+    token = _tracing.set(Tracing(platform, forced or {}, mesh=mesh, axes=axes or {}, kind=kind))
     try:
         yield _tracing.get()  # type: ignore[misc]
     finally:
@@ -162,6 +163,12 @@ class Op:
         if now:
             now.chosen[self.name] = how
         return (self.reference if how == "reference" else self.fast[how][1])(*args, **kwargs)
+
+
+def device_kind() -> str:
+    """The kind of device for which the step is traced, as JAX calls it."""
+    now = _tracing.get()
+    return now.kind if now else jax.devices()[0].device_kind
 
 
 def platform() -> str:
