@@ -40,10 +40,14 @@ CASES = {
     "decode": dict(shape=DECODE, heads=(6, 2)),
     "decode in a window": dict(shape=DECODE, heads=(4, 4), window=6, dtype="bfloat16"),
     "decode with sinks": dict(shape=DECODE, heads=(4, 2), sinks=True),
+    "decode over int8": dict(shape=DECODE, heads=(6, 2), kv_cache_dtype="int8", dtype="bfloat16", window=6),
     "prompt": dict(shape=PROMPT, heads=(4, 2), softcap=3.0, dtype="bfloat16"),
     "prompt in a window": dict(shape=PROMPT, heads=(3, 1), window=1),
+    "prompt over fp8": dict(shape=PROMPT, heads=(3, 1), kv_cache_dtype="fp8"),
     "mixed": dict(shape=MIXED, heads=(4, 2), dtype="bfloat16"),
     "mixed in a window": dict(shape=MIXED, heads=(6, 2), window=7, softcap=5.0),
+    "mixed over int8": dict(shape=MIXED, heads=(4, 2), kv_cache_dtype="int8", sinks=True),
+    "mixed over fp8": dict(shape=MIXED, heads=(6, 2), kv_cache_dtype="fp8", dtype="bfloat16", window=7, softcap=5.0),
     "a prompt beside decode rows": dict(shape=MIXED_SINGLES, heads=(4, 2)),
     "a prompt beside decode rows in a window": dict(shape=MIXED_SINGLES, heads=(6, 2), window=5, dtype="bfloat16",
                                                     sinks=True),
@@ -77,9 +81,15 @@ def test_attention_sees_what_its_row_has_read_and_nothing_else(name, data):
     case = data.draw(attend_cases(**CASES[name]))
     out, pages = call(attend.reference, case)
     np.testing.assert_allclose(case.real((out, pages)), attended(case), atol=case.atol)
-    for found, page in zip(pages, case.numbers.written(case.ragged), strict=True):
-        np.testing.assert_array_equal(np.asarray(found, np.float32), page)  # NaN where nobody has written
+    written, exact = case.numbers.written(case.ragged), case.numbers.kv_cache_dtype is None
+    for found, page in zip(held(pages), written, strict=True):  # NaN where nobody has written
+        np.testing.assert_allclose(found, page, rtol=0 if exact else 2.0**-22)
     check_op(attend, case, batch_invariant=("by_page",))
+
+
+def held(pages) -> list[np.ndarray]:
+    """Keys and values of all pages."""
+    return [np.asarray(x, np.float32) for x in jax.tree.map(jnp.asarray, pages).read(np.arange(len(pages.k)))]
 
 
 def attend_for_gpus(*args, **options):
@@ -88,7 +98,8 @@ def attend_for_gpus(*args, **options):
     return out.astype(jnp.float32), pages
 
 
-@pytest.mark.parametrize("name", ["decode in a window", "prompt", "mixed in a window"])
+@pytest.mark.parametrize("name", ["decode in a window", "prompt", "mixed in a window", "decode over int8",
+                                  "mixed over fp8"])
 @given(data=st.data())
 def test_the_kernels_for_gpus_attend_as_the_reference_does(name, data):
     check_op(attend_for_gpus, data.draw(attend_cases(**CASES[name])), reference=attend.reference)
@@ -103,7 +114,8 @@ def forced(ways: tuple[tuple[str, str], ...], options: tuple):
     return jax.jit(step)
 
 
-SHARED = "decode in a window", "decode with sinks", "mixed in a window", "a prompt beside decode rows"
+SHARED = ("decode in a window", "decode with sinks", "mixed in a window", "a prompt beside decode rows",
+          "decode over int8", "mixed over fp8")
 WAYS = [*({"attend": how} for how in attend.available("cpu")), {"attend": "visits", "sum_by_row": "reference"}]
 
 
@@ -134,14 +146,15 @@ def test_a_rows_nan_stays_in_that_row(name, ways, data):
 
 
 @pytest.mark.parametrize("how", write.available("cpu"))
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8", "fp8"])
 @given(data=st.data())
-def test_writing_touches_the_slots_of_real_tokens_and_no_other(how, data):
+def test_writing_touches_the_slots_of_real_tokens_and_no_other(how, kv_cache_dtype, data):
     ragged = data.draw(ragged_runs(MIXED))
-    numbers = Numbers.of(ragged, (2, 2), "float32")
+    numbers = Numbers.of(ragged, (2, 2), "float32", kv_cache_dtype=kv_cache_dtype)
     _, k, v, pages = numbers.padded(MIXED, 4096.0, "float32")
     after = jitted_write(pages, k, v, ragged.run(JUNK[data.draw(st.integers(0, 1))]), how)
-    for found, page in zip(after, numbers.written(ragged), strict=True):
-        np.testing.assert_array_equal(found, np.where(np.isnan(page), 4096.0, page))
+    for found, page in zip(held(after), numbers.written(ragged), strict=True):
+        np.testing.assert_allclose(found, np.where(np.isnan(page), 4096.0, page), rtol=2.0**-22 if kv_cache_dtype else 0)
 
 
 @partial(jax.jit, static_argnames="how")

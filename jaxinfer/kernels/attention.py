@@ -17,18 +17,23 @@ from jaxinfer.graph import Pages
 from jaxinfer.kernels.attention_tpu import Interleaved, attend_ragged, takes_ragged
 from jaxinfer.kernels.op import Cut, Op
 from jaxinfer.kernels.pages import write
+from jaxinfer.kernels.quantised_pages import FORMATS, QuantisedPages
 
 NEVER = -1e30  # finite: a row that sees nothing yet keeps exp(NEVER - NEVER) away from NaN
 TILE = 16  # the least that Triton multiplies
 
 
-def init_pages(num_pages: int, page_size: int, kv_heads: int, head_width: int, dtype) -> Any:
+def init_pages(num_pages: int, page_size: int, kv_heads: int, head_width: int, dtype,
+               kv_cache_dtype: str | None = None) -> Any:
     """Empty pages for keys and values, in the layout of the implementation that `attend` takes here (see `tracing`):
-    two arrays `[num_pages, K, S, H]`, unless it has a better one for these heads."""
-    own = LAYOUTS.get(attend.choice())
+    two arrays `[num_pages, K, S, H]`, unless it has a better one for these heads. They are in `dtype`, the model's,
+    unless `kv_cache_dtype` is another one, or "int8" or "fp8"."""
+    shape = (num_pages, kv_heads, page_size, head_width)
+    if kv_cache_dtype in FORMATS:
+        return QuantisedPages.zeros(shape, FORMATS[kv_cache_dtype], dtype)
+    own, dtype = LAYOUTS.get(attend.choice()), kv_cache_dtype or dtype
     if own and own.fits(kv_heads, head_width, dtype):
         return own.zeros(num_pages, page_size, kv_heads, head_width, dtype)
-    shape = (num_pages, kv_heads, page_size, head_width)
     return Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
@@ -135,14 +140,14 @@ def _walk(q_RQNH, pages, table_RP, lens_R, kv_lens_R, scale, window, softcap, si
         if window is not None:
             seen_CQS &= at_CS[:, None] > here_RQ[row_C][:, :, None] - window
         k_CKSH, v_CKSH = pages.read(jnp.where(visit_C < ends_R[-1], table_RP[row_C, nth_C], 0))
-        scores = jnp.einsum("CKXH,CKSH->CKXS", q_RKXH[row_C], k_CKSH, preferred_element_type=jnp.float32)
+        scores = _product("CKXH,CKSH->CKXS", q_RKXH[row_C], k_CKSH)
         scores = soft_cap(scores * scale, softcap).reshape(C, K, G, Q, page_size)
         scores = jnp.where(seen_CQS[:, None, None], scores, NEVER).reshape(C, K, G * Q, page_size)
         owns_RC = (row_C[None] == jnp.arange(R)[:, None]) & (visit_C < ends_R[-1])[None]
         top_new = jnp.maximum(top_RKX, jnp.where(owns_RC[:, :, None, None], scores.max(-1)[None], NEVER).max(1))
         weights = jnp.where(scores > NEVER, jnp.exp(scores - top_new[row_C][..., None]), 0)
         v_CKSH = jnp.where(real_CS[:, None, :, None], v_CKSH, 0)
-        out_CKXH = jnp.einsum("CKXS,CKSH->CKXH", weights.astype(dtype), v_CKSH, preferred_element_type=jnp.float32)
+        out_CKXH = _product("CKXS,CKSH->CKXH", weights.astype(dtype), v_CKSH)
         add = lambda x: sum_by_row(x, row_C, owns_RC)
         decay = jnp.exp(top_RKX - top_new)
         return top_new, sum_RKX * decay + add(weights.sum(-1)), out_RKXH * decay[..., None] + add(out_CKXH)
@@ -152,6 +157,11 @@ def _walk(q_RQNH, pages, table_RP, lens_R, kv_lens_R, scale, window, softcap, si
     top_RKX, sum_RKX, out_RKXH = lax.fori_loop(0, -(-ends_R[-1] // C), walk, start)
     out_RKXH = _normalise(top_RKX, sum_RKX, out_RKXH, sinks_KX)
     return out_RKXH.reshape(R, K, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, H)
+
+
+def _product(axes, x, kv):
+    """Queries or softmax weights times keys or values as they were read: quantised ones come in float32."""
+    return jnp.einsum(axes, x.astype(kv.dtype), kv, preferred_element_type=jnp.float32)
 
 
 def _normalise(top, total, out, sinks):
@@ -193,12 +203,12 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
         if window is not None:
             seen_TS &= at_TS > here_T[:, None] - window
         k_TKSH, v_TKSH = pages.read(jnp.where(open_T, table_TP[:, p], 0))
-        scores = jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, k_TKSH, preferred_element_type=jnp.float32)
+        scores = _product("TKGH,TKSH->TKGS", q_TKGH, k_TKSH)
         scores = jnp.where(seen_TS[:, None, None], soft_cap(scores * scale, softcap), NEVER)
         top_new = jnp.maximum(top_TKG, scores.max(-1))
         weights = jnp.where(seen_TS[:, None, None], jnp.exp(scores - top_new[..., None]), 0)
         v_TKSH = jnp.where(seen_TS[:, None, :, None], v_TKSH, 0)
-        new = jnp.einsum("TKGS,TKSH->TKGH", weights.astype(dtype), v_TKSH, preferred_element_type=jnp.float32)
+        new = _product("TKGS,TKSH->TKGH", weights.astype(dtype), v_TKSH)
         decay = jnp.exp(top_TKG - top_new)
         new = top_new, sum_TKG * decay + weights.sum(-1), out_TKGH * decay[..., None] + new
         keep = lambda new, old: jnp.where(jnp.expand_dims(open_T, tuple(range(1, old.ndim))), new, old)
@@ -214,7 +224,7 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
 
 def takes_triton(q_TNH, k_TKH, v_TKH, pages, run, *, sinks_N=None, **_) -> bool:
     """Calls without sinks, over pages of the usual layout whose slots and heads fill a tile of Triton's."""
-    return isinstance(pages, Pages) and sinks_N is None and min(pages.shape[2:]) >= TILE
+    return isinstance(pages, Pages | QuantisedPages) and sinks_N is None and min(pages.shape[2:]) >= TILE
 
 
 def attend_triton(*args, **options):

@@ -25,16 +25,17 @@ class AttendCase(Case):
 
 @st.composite
 def attend_cases(draw, shape: RunShape = DECODE, heads: tuple[int, int] = (4, 2), *, width: int = 8,
-                 dtype: str = "float32", window: int | None = None, softcap: float | None = None,
-                 sinks: bool = False) -> AttendCase:
+                 dtype: str = "float32", kv_cache_dtype: str | None = None, window: int | None = None,
+                 softcap: float | None = None, sinks: bool = False) -> AttendCase:
     """Ragged rows on pages in any order, some of them shared: q, k, v, pages and run for `attend(..., group, scale)`.
 
-    `heads` are N query heads on K KV heads of `width`, in pages of `dtype`. Padded tokens, slots that nobody has
+    `heads` are N query heads on K KV heads of `width`, in pages of `dtype`, or of `kv_cache_dtype` ("int8", "fp8")
+    with scales in `dtype`. Padded tokens, slots that nobody has
     written and pages that a window hides hold NaN, and something else in the twin. With `sinks`, each head has one.
     """
     ragged = draw(ragged_runs(shape, window))
     q_size, v_size = (draw(st.sampled_from(SIZES[name]), label=f"{name} size") for name in "qv")
-    numbers, scale = Numbers.of(ragged, heads, dtype, width, q_size, v_size), 0.4
+    numbers, scale = Numbers.of(ragged, heads, dtype, width, q_size, v_size, kv_cache_dtype), 0.4
     make = lambda ragged, numbers, i: (*numbers.padded(shape, POISON[i], dtype), ragged.run(JUNK[i]))
     real, r = slice(0, ragged.ends[-1]), draw(st.integers(0, len(ragged.lens) - 1), label="the row alone")
     mine = ragged.mine(r)

@@ -7,12 +7,15 @@ Axes: T tokens, R rows, P pages per row, S slots of a page, N query heads, K KV 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
 from jaxinfer.graph import Pages, Run
+from jaxinfer.kernels.quantised_pages import FORMATS, QuantisedPages
 
 GROUP = "kv"  # the one state group of a random run
 SEEDS = st.integers(0, 2**32 - 1)
@@ -109,38 +112,41 @@ def ragged_runs(draw, shape: RunShape, window: int | None = None) -> RaggedRun:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Random operands of a run, rounded to the pages' dtype: q, k and v of its real tokens, and what its rows have
-    read before, in pages [pages, K, S, H] with NaN in every slot that nobody has written."""
+    """Random operands of a run, rounded to what its pages hold: q, k and v of its real tokens, and what its rows have
+    read before, in pages [pages, K, S, H] with NaN in every slot that nobody has written. `kv_cache_dtype` is the
+    pages' if it is not q's."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     pages: tuple[np.ndarray, ...]
+    kv_cache_dtype: str | None = None
 
     @classmethod
     def of(cls, ragged: RaggedRun, heads: tuple[int, int], dtype: str, width: int = 8, q_size: float = 2.0,
-           v_size: float = 2.0) -> Numbers:
+           v_size: float = 2.0, kv_cache_dtype: str | None = None) -> Numbers:
         """Normal numbers, for N query heads on K KV heads: `q_size` and `v_size` are deviations of queries and values,
         and keys' is 2."""
         rng, shape, (N, K), T = np.random.default_rng(ragged.seed), ragged.shape, heads, ragged.ends[-1]
         draw = lambda size, *of: np.asarray(jnp.asarray(rng.normal(size=of) * size, dtype), np.float32)
+        pair = lambda *of: _held(draw(2.0, *of), draw(v_size, *of), dtype, kv_cache_dtype)
         written = np.zeros((shape.pages, shape.S), bool)
         for cached, first, table in zip(ragged.cached, ragged.first, ragged.tables, strict=True):
             for at in range(first * shape.S, cached):
                 written[table[at // shape.S], at % shape.S] = True
-        pages = (np.where(written[:, None, :, None], draw(size, shape.pages, K, shape.S, width), np.nan)
-                 for size in (2.0, v_size))
-        return cls(draw(q_size, T, N, width), draw(2.0, T, K, width), draw(v_size, T, K, width), tuple(pages))
+        q, (k, v) = draw(q_size, T, N, width), pair(shape.tokens, K, width)
+        pages = (np.where(written[:, None, :, None], page, np.nan) for page in pair(shape.pages, K, shape.S, width))
+        return cls(q, k[:T], v[:T], tuple(pages), kv_cache_dtype)
 
     def part(self, mine: slice) -> Numbers:
         """Of some tokens alone, beside the same pages."""
-        return Numbers(self.q[mine], self.k[mine], self.v[mine], self.pages)
+        return replace(self, q=self.q[mine], k=self.k[mine], v=self.v[mine])
 
     def padded(self, shape: RunShape, poison: float, dtype: str) -> tuple:
-        """q, k, v and Pages for the op, with `poison` in padded tokens and in unwritten slots."""
+        """q, k, v and pages for the op, with `poison` in padded tokens and in unwritten slots."""
         pad = lambda x: np.concatenate([x, np.full((shape.tokens - len(x), *x.shape[1:]), poison, np.float32)])
-        fill = lambda page: jnp.asarray(np.where(np.isnan(page), poison, page), dtype)
-        return (*(jnp.asarray(pad(x)) for x in (self.q, self.k, self.v)), Pages(*map(fill, self.pages)))
+        pages = _pages(*(np.where(np.isnan(page), poison, page) for page in self.pages), dtype, self.kv_cache_dtype)
+        return (*(jnp.asarray(pad(x)) for x in (self.q, self.k, self.v)), pages)
 
     def written(self, ragged: RaggedRun) -> list[np.ndarray]:
         """The pages after the run, keys and values."""
@@ -149,3 +155,20 @@ class Numbers:
             for page, new in zip(pages, (self.k, self.v), strict=True):
                 page[table[at // ragged.shape.S], :, at % ragged.shape.S] = new[t]
         return pages
+
+
+# Compiled, or hypothesis would wait for dispatch; their shapes are few.
+_rounded, _read = jax.jit(QuantisedPages.rounded, static_argnums=(2, 3)), jax.jit(QuantisedPages.read)
+
+
+def _pages(k: np.ndarray, v: np.ndarray, dtype: str, kv_cache_dtype: str | None) -> Any:
+    if kv_cache_dtype is None:
+        return Pages(jnp.asarray(k, dtype), jnp.asarray(v, dtype))
+    return _rounded(k.astype(np.float32), v.astype(np.float32), FORMATS[kv_cache_dtype], dtype)
+
+
+def _held(k: np.ndarray, v: np.ndarray, dtype: str, kv_cache_dtype: str | None) -> Any:
+    """Keys and values as pages hold them."""
+    if kv_cache_dtype is None:
+        return k, v
+    return map(np.asarray, _read(_pages(k, v, dtype, kv_cache_dtype), np.arange(len(k))))
