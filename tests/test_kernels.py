@@ -154,7 +154,8 @@ def test_writing_touches_the_slots_of_real_tokens_and_no_other(how, kv_cache_dty
     _, k, v, pages = numbers.padded(MIXED, 4096.0, "float32")
     after = jitted_write(pages, k, v, ragged.run(JUNK[data.draw(st.integers(0, 1))]), how)
     for found, page in zip(held(after), numbers.written(ragged), strict=True):
-        np.testing.assert_allclose(found, np.where(np.isnan(page), 4096.0, page), rtol=2.0**-22 if kv_cache_dtype else 0)
+        expected = np.where(np.isnan(page), 4096.0, page)
+        np.testing.assert_allclose(found, expected, rtol=2.0**-22 if kv_cache_dtype else 0)
 
 
 @partial(jax.jit, static_argnames="how")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,31 @@ from jaxinfer.kernels.attention import NEVER, TILE, soft_cap
 from jaxinfer.kernels.quantised_pages import format_of, numbers, rounded
 from jaxinfer.kernels.triton import call as _call
 from jaxinfer.kernels.triton import dot as _dot
+from jaxinfer.kernels.triton import exp2
 from jaxinfer.kernels.triton import load as _load
 from jaxinfer.kernels.triton import power as _power
 from jaxinfer.kernels.triton import store as _store
+from jaxinfer.kernels.tuned import tuned
 
 LOG2E = math.log2(math.e)
-BLOCKS = 264  # of decode, at least, where there are pages enough: two for each of an H100's 132 multiprocessors
-DECODE, PREFILL, ONE = (4, 3), (4, 2), (4, 1)  # warps, and stages of a kernel's loop
-QUERIES = 64  # of a block of many tokens
+ONE = 4, 1  # warps, and stages of a loop that there is not
+
+
+class Decode(NamedTuple):
+    """Warps, stages of the loop over pages, and the programs that there should be at least, where there are pages
+    enough: two for each of an H100's 132 multiprocessors."""
+
+    warps: int = 4
+    stages: int = 3
+    programs: int = 264
+
+
+class Prefill(NamedTuple):
+    """Queries (tokens x heads) of a block, warps, and stages of the loop over pages."""
+
+    queries: int = 64
+    warps: int = 4
+    stages: int = 3
 
 
 def attend_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, group, scale, window=None, softcap=None):
@@ -82,22 +100,27 @@ def _scaled(x_XS, scale_S):
     return x_XS if scale_S is None else x_XS * scale_S[None]
 
 
+def _unit(scale, softcap):
+    """What scores are multiplied by to be in units of log 2: the hardware's exponential is to base 2. They are not as
+    they are made, but where it takes a difference of them: two operations for each are one then."""
+    return LOG2E if softcap else scale * LOG2E
+
+
 def _scores(q_XH, k, seen_XS, scale, softcap):
-    """In units of log 2, since the exponential to base 2 is the one that the hardware has."""
     k_SH, scale_S = k
-    scores_XS = _scaled(_dot(q_XH, k_SH, trans_b=True) * scale, scale_S)
-    scores_XS = soft_cap(scores_XS, softcap) * LOG2E
+    scores_XS = _scaled(_dot(q_XH, k_SH, trans_b=True), scale_S)
+    scores_XS = soft_cap(scores_XS * scale, softcap) if softcap else scores_XS
     return scores_XS if seen_XS is True else jnp.where(seen_XS, scores_XS, NEVER)
 
 
-def _add(carry, scores_XS, seen_XS, v):
+def _add(carry, scores_XS, seen_XS, v, unit):
     """One step of the online softmax (Milakov and Gimelshein, 2018)."""
     v_SH, scale_S = v
     top_X, sum_X, out_XH = carry
     top_new = jnp.maximum(top_X, scores_XS.max(1))
-    weights_XS = jnp.exp2(scores_XS - top_new[:, None])
+    weights_XS = exp2(scores_XS * unit - (top_new * unit)[:, None])
     weights_XS = weights_XS if seen_XS is True else jnp.where(seen_XS, weights_XS, 0.0)
-    decay_X = jnp.exp2(top_X - top_new)
+    decay_X = exp2((top_X - top_new) * unit)
     out_XH = out_XH * decay_X[:, None] + _dot(_scaled(weights_XS, scale_S).astype(v_SH.dtype), v_SH)
     return top_new, sum_X * decay_X + weights_XS.sum(1), out_XH
 
@@ -109,12 +132,13 @@ def _decode(x_TXH, pages, kv_lens_R, table_RP, *, scale, window, softcap):
     """
     (R, P), (_, K, _, H), dtype = table_RP.shape, pages.shape, pages.dtype
     N = x_TXH.shape[1] - 2 * K
-    C = min(_power(P), max(1, _power(-(-BLOCKS // (R * K)))))
+    how = tuned(f"decode/2/{H}", Decode())
+    C = min(_power(P), max(1, _power(-(-how.programs // (R * K)))))
     out = [jax.ShapeDtypeStruct((C, R, N, H), dtype if C == 1 else jnp.float32),
            jax.ShapeDtypeStruct((C, R, N), jnp.float32),
            *(jax.ShapeDtypeStruct(page.shape, page.dtype) for page in pages)]
     kernel = partial(_decode_kernel, scale=scale, window=window, softcap=softcap)
-    call = _call(kernel, DECODE, grid=(K, R, C), out=out, aliases={3 + i: 2 + i for i in range(len(pages))})
+    call = _call(kernel, how[:2], grid=(K, R, C), out=out, aliases={3 + i: 2 + i for i in range(len(pages))})
     out_CRNH, size_CRN, *written = call(kv_lens_R, table_RP, x_TXH, *pages)
     if C == 1:
         return out_CRNH[0], type(pages)(*written)
@@ -144,20 +168,22 @@ def _decode_kernel(kv_len_ref, table_ref, x_ref, *refs, scale, window, softcap):
     page, slot = table_ref[r, jnp.maximum(here, 0) // S], jnp.maximum(here, 0) % S
     one = lambda value: jnp.broadcast_to(value, (1, 1))
     k_1H, v_1H = (_put(half, x_1H, page, one(k), slot, one(is_last)) for half, x_1H in zip(halves, new, strict=True))
-    score_G = soft_cap((q_GH.astype(jnp.float32) * k_1H).sum(1) * scale, softcap) * LOG2E
+    score_G, unit = (q_GH.astype(jnp.float32) * k_1H).sum(1), _unit(scale, softcap)
+    score_G = soft_cap(score_G * scale, softcap) if softcap else score_G
     carry = (jnp.where(is_last, score_G, NEVER), jnp.where(is_last, jnp.ones_like(score_G), 0.0),
              jnp.where(is_last, jnp.broadcast_to(v_1H, q_GH.shape), 0.0))
 
     def read(p, carry):
         page, at_S = table_ref[r, p], p * S + s_S
         seen_S = at_S < here if window is None else (at_S < here) & (at_S > here - window)
-        keys, values = (_read(half, page, k, seen, q_GH.dtype) for half, seen in zip(halves, (True, seen_S), strict=True))
-        return _add(carry, _scores(q_GH, keys, seen_S[None], scale, softcap), seen_S[None], values)
+        masks = True, seen_S  # a key's score is masked, but NaN times a value's weight of zero is none
+        keys, values = (_read(half, page, k, mask, q_GH.dtype) for half, mask in zip(halves, masks, strict=True))
+        return _add(carry, _scores(q_GH, keys, seen_S[None], scale, softcap), seen_S[None], values, unit)
 
     top_G, sum_G, out_GH = lax.fori_loop(from_page, to_page, read, carry)
     sum_G = jnp.where(sum_G > 0, sum_G, 1.0)
     _store(out_ref, out_GH / sum_G[:, None], c, r, n_G1, h_1H, mask=heads_G1 & width_1H)
-    _store(size_ref, top_G + jnp.log2(sum_G), c, r, n_G1[:, 0], mask=heads_G1[:, 0])
+    _store(size_ref, top_G * unit + jnp.log2(sum_G), c, r, n_G1[:, 0], mask=heads_G1[:, 0])
 
 
 def _merge_kernel(out_ref, size_ref, merged_ref):
@@ -189,10 +215,10 @@ def _write_kernel(page_ref, slot_ref, x_ref, *refs):
 
 def _prefill(x_TXH, pages, run: Run, table_RP, *, scale, window, softcap):
     """Rows of any lengths, whose keys and values are in the pages already: out_TNH. A row's queries are cut into B
-    blocks of QUERIES (tokens x heads). What belongs to no row is left as it was."""
+    blocks of equal size. What belongs to no row is left as it was."""
     (T, X, H), K, R = x_TXH.shape, pages.shape[1], len(run.kv_lens_R)
-    N = X - 2 * K
-    tokens = min(max(TILE, QUERIES // _power(N // K)), _power(T))
+    N, how = X - 2 * K, tuned(f"prefill/2/{H}", Prefill())
+    tokens = min(max(TILE, how.queries // _power(N // K)), _power(T))
     lens_R = run.cu_q_lens[1:] - run.cu_q_lens[:-1]
     ends_R = jnp.cumsum(-(-lens_R // tokens))
     b_B = jnp.arange(min(T, -(-T // tokens) + R))[::-1]  # the last blocks of a long row take the longest
@@ -200,7 +226,7 @@ def _prefill(x_TXH, pages, run: Run, table_RP, *, scale, window, softcap):
     nth_B = jnp.where(b_B < ends_R[-1], b_B - ends_R[row_B] - (-lens_R[row_B] // tokens), lens_R[row_B])
     kernel = partial(_prefill_kernel, tokens=tokens, scale=scale, window=window, softcap=softcap)
     out = [jax.ShapeDtypeStruct((T, N, H), pages.dtype)]
-    call = _call(kernel, PREFILL, grid=(len(b_B), K), out=out)
+    call = _call(kernel, how[1:], grid=(len(b_B), K), out=out)
     return call(row_B, nth_B, run.cu_q_lens, run.kv_lens_R, table_RP, x_TXH, *pages)[0]
 
 
@@ -226,8 +252,9 @@ def _prefill_kernel(row_ref, nth_ref, start_ref, kv_len_ref, table_ref, x_ref, *
         seen_XS, real_S = (at_S[None] <= here_X1, at_S <= latest) if masked else (True, True)
         if window is not None:
             seen_XS &= at_S[None] > here_X1 - window
-        keys, values = (_read(half, page, k, real, q_XH.dtype) for half, real in zip(halves, (True, real_S), strict=True))
-        return _add(carry, _scores(q_XH, keys, seen_XS, scale, softcap), seen_XS, values)
+        masks = True, real_S
+        keys, values = (_read(half, page, k, mask, q_XH.dtype) for half, mask in zip(halves, masks, strict=True))
+        return _add(carry, _scores(q_XH, keys, seen_XS, scale, softcap), seen_XS, values, _unit(scale, softcap))
 
     X = q_XH.shape[0]
     carry = (jnp.full(X, NEVER, jnp.float32), jnp.zeros(X, jnp.float32), jnp.zeros(q_XH.shape, jnp.float32))
