@@ -112,6 +112,18 @@ def compiled(name: str, blocks: tuple, call: Call, platform: str) -> Any:
         return None
 
 
+def measured(name: str, tried: list[tuple], calls: list[Call]) -> np.ndarray:
+    """Seconds of a kernel by candidate and call."""
+    times = np.full((len(tried), len(calls)), np.inf)
+    for n, call in enumerate(calls):
+        with ThreadPoolExecutor(12) as pool:
+            programs = list(pool.map(lambda blocks, call=call: compiled(name, blocks, call, "gpu"), tried))
+        for i, program in enumerate(programs):
+            if program:
+                times[i, n] = seconds(program, call, 10)
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], help="kernels whose names begin so")
@@ -120,29 +132,23 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         raise SystemExit("there is no GPU here, whose block sizes could be tuned")
     kind, found, lines = jax.devices()[0].device_kind, {name: dict(kinds) for name, kinds in TABLE.items()}, []
+    in_us = lambda times: " ".join(f"{1e6 * took:.1f}" for took in times)
     for name, default, candidates, calls in kernels():
         if not name.startswith(tuple(options.only)):
             continue
         tried = list(dict.fromkeys([tuple(default), *candidates]))
-        times = np.full((len(tried), len(calls)), np.inf)
-        for n, call in enumerate(calls):
-            with ThreadPoolExecutor(12) as pool:
-                programs = list(pool.map(lambda blocks, call=call: compiled(name, blocks, call, "gpu"), tried))
-            for i, program in enumerate(programs):
-                if program:
-                    times[i, n] = seconds(program, call, 10)
+        times = measured(name, tried, calls)
         scores = (times / times[0]).mean(1)
         best = int(scores.argmin())
         found.setdefault(name, {})[kind] = list(tried[best])
-        us = lambda i: " ".join(f"{1e6 * took:.1f}" for took in times[i])
-        lines.append([name, str(tuple(default)), us(0), str(tried[best]), us(best), f"{scores[best]:.3f}"])
+        lines.append([name, str(tried[0]), in_us(times[0]), str(tried[best]), in_us(times[best]), f"{scores[best]:.3f}"])
         print(*lines[-1], flush=True)
     if options.write:
-        text = json.dumps(found, indent=2)
-        options.write.write_text(text + "\n")
+        rows = (f" {json.dumps(name)}: {json.dumps(kinds)}" for name, kinds in sorted(found.items()))
+        options.write.write_text("{\n" + ",\n".join(rows) + "\n}\n")
     body = f"{kind}; microseconds for each call.\n\n" + table(
         ["kernel", "default", "us", "best", "us", "x default"], lines, words=2)
-    publish("tune", "Block sizes of our kernels", body, found)
+    publish("tune", "Block sizes of our kernels", body, found, keep=True)
 
 
 if __name__ == "__main__":
