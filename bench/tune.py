@@ -141,7 +141,8 @@ def main() -> None:
         scores = (times / times[0]).mean(1)
         best = int(scores.argmin())
         found.setdefault(name, {})[kind] = list(tried[best])
-        lines.append([name, str(tried[0]), in_us(times[0]), str(tried[best]), in_us(times[best]), f"{scores[best]:.3f}"])
+        lines.append([name, str(tried[0]), in_us(times[0]), str(tried[best]), in_us(times[best]),
+                      f"{scores[best]:.3f}"])
         print(*lines[-1], flush=True)
     if options.write:
         rows = (f" {json.dumps(name)}: {json.dumps(kinds)}" for name, kinds in sorted(found.items()))
