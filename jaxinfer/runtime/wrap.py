@@ -43,7 +43,7 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     That padding changes nothing else is for the function to see to, by a mask or by `pad`: the example is tried.
     `ladders`: rungs by axis, "B" for the batch: by default powers of two, to `max_batch` and to the example's size (of
     four, of eight, ... where two would make more than sixteen Executables). None for an axis: it is not padded, and
-    every size of it is compiled.
+    every size of it is compiled as it comes (the 128 programs used last are kept).
     `max_delay`: seconds that the oldest request waits for company while the device is busy (an idle one takes what
     there is). `max_waiting`: requests that may wait; one more is Rejected.
     `memory`: bytes, or a text such as "1GiB", that the weights and the largest batch may take: `warmup`, and so a
