@@ -152,6 +152,18 @@ def test_ragged_axes_are_padded_and_cut_again(lengths, seed):
                 np.testing.assert_allclose(result[name], expected[name][0], rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=5)
+@given(sides=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 24)), min_size=1, max_size=6))
+def test_both_sides_of_an_image_are_ragged(sides):
+    call = lambda image: {"brighter": 2 * image, "columns": image.sum(1), "light": image.sum((1, 2))}
+    with ji.endpoint(call, example={"image": np.zeros((20, 24, 3), np.float32)}, max_batch=2,
+                     ragged={"image": {0: "height", 1: "width"}}) as f:
+        asked = [np.random.default_rng(0).normal(size=(*side, 3)).astype(np.float32) for side in sides]
+        for image, result in zip(asked, f.map(asked), strict=True):
+            for name, expected in call(image[None]).items():
+                np.testing.assert_allclose(result[name], expected[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("call, pad", [
     (lambda x: x.mean(1), 0), (lambda x: x[:, ::-1], 0), (lambda x: jnp.concatenate([x, x], 1), 0),
     (lambda x: jax.nn.softmax(x), 0), (lambda x: x.max(1), 9), (lambda x: x.astype(jnp.bfloat16).mean(1), 0),
