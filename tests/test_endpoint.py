@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 
 import jaxinfer as ji
 from jaxinfer import events
+from jaxinfer.compiler.functions import FunctionKey
 from jaxinfer.errors import Closed, Expired, InvalidOption, InvalidRequest, Rejected, RequestFailed, StepFailed
-from tests.running import endings, eventually, retries
+from jaxinfer.runtime import padded
+from jaxinfer.runtime.buffers import aligned
+from tests.running import endings, eventually, retries, seen_events
 
 
 def mlp(params, x):
@@ -149,6 +152,18 @@ def test_ragged_axes_are_padded_and_cut_again(lengths, seed):
                 np.testing.assert_allclose(result[name], expected[name][0], rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=5)
+@given(sides=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 24)), min_size=1, max_size=6))
+def test_both_sides_of_an_image_are_ragged(sides):
+    call = lambda image: {"brighter": 2 * image, "columns": image.sum(1), "light": image.sum((1, 2))}
+    with ji.endpoint(call, example={"image": np.zeros((20, 24, 3), np.float32)}, max_batch=2,
+                     ragged={"image": {0: "height", 1: "width"}}) as f:
+        asked = [np.random.default_rng(0).normal(size=(*side, 3)).astype(np.float32) for side in sides]
+        for image, result in zip(asked, f.map(asked), strict=True):
+            for name, expected in call(image[None]).items():
+                np.testing.assert_allclose(result[name], expected[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("call, pad", [
     (lambda x: x.mean(1), 0), (lambda x: x[:, ::-1], 0), (lambda x: jnp.concatenate([x, x], 1), 0),
     (lambda x: jax.nn.softmax(x), 0), (lambda x: x.max(1), 9), (lambda x: x.astype(jnp.bfloat16).mean(1), 0),
@@ -223,11 +238,11 @@ def test_padding_is_inert(f):
     pack, junk = f._work._pack, []
 
     def poisoned(asks, key):
-        arrays, buffers = pack(asks, key)
+        arrays, buffers, copied = pack(asks, key)
         for array in arrays:
             array[len(asks):] = np.nan
             junk.append(len(array) - len(asks))
-        return arrays, buffers
+        return arrays, buffers, copied
 
     f._work._pack = poisoned
     try:
@@ -245,16 +260,39 @@ def test_a_result_is_the_callers_own(f):
     assert np.array_equal(results[1], results[2]) and not np.array_equal(results[0], results[1])
 
 
-def test_memory_at_a_boundary_is_read_where_it_lies(f):
-    from jaxinfer.runtime.buffers import aligned
+@pytest.mark.parametrize("offset", [0, 4])
+def test_memory_at_a_boundary_is_read_where_it_lies(offset):
+    """The caller's array is changed after its request was launched, and before the device reads it."""
+    launched, go = threading.Event(), threading.Event()
 
-    x = aligned((8,), np.float32)
-    x[:] = 1
-    before = f.stats
-    f(x)
-    assert (f.stats.bytes_in - before.bytes_in, f.stats.bytes_copied - before.bytes_copied) == (32, 0)
-    f.map([x] * 8)
-    assert f.stats.bytes_copied > before.bytes_copied, "a batch of several is put together"
+    def hold():
+        launched.set()
+        go.wait(10)
+        return np.float32(1)
+
+    call = lambda x: x * jax.pure_callback(hold, jax.ShapeDtypeStruct((), jnp.float32))
+    raw = aligned((36,), np.uint8)
+    with ji.endpoint(call, example=np.zeros(8, np.float32), max_batch=1) as f:
+        x = raw[offset: offset + 32].view(np.float32)
+        x[:] = 1
+        reply = f.submit(x)
+        assert launched.wait(10)
+        x[:] = 2
+        go.set()
+        assert reply.result(10).tolist() == [1 if offset else 2] * 8
+        assert reply.bytes_copied == f.stats.bytes_copied == (32 if offset else 0) and f.stats.bytes_in == 32
+
+
+def test_the_bytes_that_are_copied_are_counted_for_each_request():
+    held, x = Held(), aligned((2,), np.float32)
+    with held.endpoint(max_delay=60) as f:
+        first = f.submit(x)
+        assert held.running.wait(10)
+        others = [f.submit(x), f.submit(x.astype(np.float64)), f.submit([1, 2]), f.submit(x)]
+        held.go.set()
+        wait([first, *others], 10)
+        assert [reply.bytes_copied for reply in (first, *others)] == [0, 8, 16, 16, 8], "those of a batch are written"
+        assert f.stats.bytes_copied == 48 and f.stats.bytes_in == 40  # into it, and some were converted before
 
 
 class Foreign:
@@ -619,6 +657,115 @@ def test_refit_fits_the_ladder_to_what_came():
         assert len(f.ledger.entries) == 3 * len(f.ladders["B"]), "programs of the old ladder are kept"
 
 
+LONG = dict(example={"ids": np.zeros(40, np.int32), "mask": np.ones(40, np.float32)}, max_batch=4,
+            ragged={"ids": {0: "n"}, "mask": {0: "n"}})
+TABLE = {"table": np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)}
+
+
+def text(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 50, n).astype(np.int32), np.ones(n, np.float32)
+
+
+def is_read(found, ids, mask):
+    """Whether this is what `read` gives for a text alone; in numpy, for threads that ask without a pause."""
+    x_LD = TABLE["table"][ids]
+    expected = {"tokens": np.cumsum(x_LD, 0), "pooled": x_LD.mean(0), "pairs": x_LD[1:]}
+    return all(found[name].shape == it.shape and np.allclose(found[name], it, atol=1e-4)
+               for name, it in expected.items())
+
+
+def test_the_old_ladder_serves_until_a_new_one_is_compiled_and_no_request_is_lost():
+    with ji.endpoint(read, TABLE, **LONG) as f:
+        f.warmup()
+        old, lower, wrong, count, stop = f.ladders, f.functions.lower, [], [0] * 3, threading.Event()
+        compiling, go, fitted = threading.Event(), threading.Event(), []
+
+        def slow(key):
+            compiling.set()
+            go.wait(20)
+            return lower(key)
+
+        def ask(i):
+            rng = np.random.default_rng(i)
+            while not stop.is_set():
+                asked = [text(n, i) for n in rng.integers(1, 30, 4)]
+                try:
+                    found = [reply.result(10) for reply in [f.submit(*one) for one in asked]]
+                except Exception as error:
+                    wrong.append(error)
+                    return
+                wrong.extend(one for result, one in zip(found, asked, strict=True) if not is_read(result, *one))
+                count[i] += 4
+
+        more = lambda than: eventually(lambda: wrong or all(n > m + 8 for n, m in zip(count, than, strict=True)))
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        assert more([0] * 3)
+        f.functions.lower = slow
+        refitter = threading.Thread(target=lambda: fitted.append(f.refit(rungs=3)))
+        refitter.start()
+        assert compiling.wait(10) and more(list(count)) and f.ladders == old, "who asked meanwhile had to wait"
+        go.set()
+        refitter.join(20)
+        assert fitted == [f.ladders] != [old] and more(list(count))
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+        assert not wrong
+
+
+def test_a_miss_runs_on_a_larger_rung_while_its_own_is_compiled():
+    with ji.endpoint(read, TABLE, **LONG) as f, seen_events(events.Missed) as missed:
+        go, lower = threading.Event(), f.functions.lower
+        f.functions.lower = lambda key: go.wait(20) and lower(key)
+        for _ in range(2):
+            assert is_read(f.submit(*text(5)).result(10), *text(5))
+        assert [(m.name, m.ran_on) for m in missed] == [("apply[B=1,n=16]", "apply[B=1,n=32]")], (
+            "the door had tried its example in the larger one")
+        assert missed[0].why == "ids [1, 16], mask [1, 16] came for the first time"
+        assert f.ledger["apply[B=1,n=16]"].missed.endswith("ran on apply[B=1,n=32]")
+        go.set()
+        assert eventually(lambda: f.functions.is_ready(FunctionKey(1, (("n", 16),))))
+        assert is_read(f(*text(5)), *text(5)) and f.ledger["apply[B=1,n=16]"].hits == 1 and len(missed) == 1
+
+
+@settings(max_examples=5)
+@given(ready=st.sets(st.sampled_from([FunctionKey(b, (("n", n),)) for b in (1, 2, 4) for n in (16, 32, 40)])),
+       lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9))
+def test_whatever_is_compiled_already_results_are_the_same(ready, lengths):
+    with ji.endpoint(read, TABLE, **LONG) as f, retries() as retried:
+        f.functions.compile_all(*ready)
+        asked = [dict(zip(("ids", "mask"), text(n, n), strict=True)) for n in lengths]
+        assert all(is_read(found, *one.values()) for found, one in zip(f.map(asked), asked, strict=True))
+        assert not retried
+
+
+def test_of_sizes_that_are_not_padded_the_last_programs_are_kept(monkeypatch):
+    monkeypatch.setattr(padded, "MOST_PROGRAMS", 3)
+    with ji.endpoint(lambda x: x.sum(1), example=np.zeros(5, np.float32), ragged={"0": {0: "n"}}, ladders={"n": None},
+                     max_batch=2) as f:
+        for n in (1, 2, 3, 1, 4, 5):
+            assert float(f(np.ones(n, np.float32))) == n
+            f.map([np.ones(n, np.float32)] * 4)
+        assert len(f.ledger) <= 3 and len(f._work._buffers._free) <= 3
+        assert {e.name for e in f.ledger if e.hits} >= {"apply[B=1,n=5]"} and float(f(np.ones(2, np.float32))) == 2
+
+
+def test_a_new_size_is_traced_once_and_not_in_the_thread_that_serves_all():
+    traced = []
+
+    def halves(x):
+        traced.append((threading.current_thread(), x.shape[1]))
+        return x[:, : (x.shape[1] + 1) // 2]
+
+    with ji.endpoint(halves, example=np.zeros(64, np.float32), ragged={"0": {0: "n"}}, ladders={"B": (1,)}) as f:
+        f.warmup()
+        traced.clear()
+        assert [f(np.ones(n, np.float32)).shape for n in (3, 20, 3, 33, 64)] == [(2,), (10,), (2,), (17,), (32,)]
+        assert traced == [(threading.current_thread(), n) for n in (3, 20, 33)]
+
+
 @pytest.mark.parametrize(("max_batch", "length", "given"), [(64, 512, {}), (64, 8, {}), (1000, 4096, {"B": (1, 64)})])
 def test_ladders_make_no_more_than_sixteen_executables_unless_they_are_asked_for(max_batch, length, given):
     with ji.endpoint(lambda x: 2 * x, example={"x": np.zeros(length, np.float32)}, ragged={"x": {0: "n"}},
@@ -653,8 +800,6 @@ def test_a_swap_is_atomic_and_compiles_nothing(f):
 
 
 def test_weights_are_the_endpoints_own_and_go_when_it_is_closed():
-    from jaxinfer.runtime.buffers import aligned
-
     w = aligned((16,), np.float32)
     w[:] = 1
     with ji.endpoint(lambda p, x: x + p.sum(), w, example=np.float32(0), max_batch=2) as f:

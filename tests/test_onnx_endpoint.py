@@ -1,15 +1,19 @@
 """An ONNX file is an endpoint like any other: which of its axes is the batch, and which of its inputs are known."""
 
+import re
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxinfer as ji
-from jaxinfer.errors import InvalidOption, InvalidRequest, UnsupportedModel
+from jaxinfer.errors import InvalidOption, InvalidRequest, StepFailed, UnsupportedModel
 
 onnx = pytest.importorskip("onnx")
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+HALF = dict(kernel_shape=[2], strides=[2])
 value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
 
 
@@ -71,6 +75,23 @@ def test_known_inputs_are_the_same_for_all_requests(save):
         ji.load(path, known={"rate": 1})
     with ji.load(path, known={"times": [1, 2]}) as f:
         assert f(np.array([1, 2], np.float32))["y"].tolist() == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("length, refused", [(4, pytest.raises(InvalidOption)), ("length", nullcontext())])
+def test_an_input_that_decides_a_branch_is_asked_for_by_name(save, length, refused):
+    """At the load where the file tells all sizes; else by the first request, whose sizes may have made both fit."""
+    branch = lambda name, *nodes: onnx.helper.make_graph(nodes, name, [], [value(name, FLOAT, None)])
+    whole, half = branch("a", node("Identity", ["x"], ["a"])), branch("b", node("MaxPool", ["x"], ["b"], **HALF))
+    path = save([node("If", ["fast"], ["y"], then_branch=half, else_branch=whole)],
+                [value("x", FLOAT, [1, 1, length]), value("fast", onnx.TensorProto.BOOL, [])],
+                [value("y", FLOAT, [1, 1, "m"])])
+    x = np.arange(4, dtype=np.float32)[None, None]
+    told = r"both branches must give the same.*which one is taken follows from fast: load with known=\{'fast': ...\}"
+    with refused as caught, ji.load(path) as f, pytest.raises(StepFailed, match=told):
+        f(x=x, fast=True)
+    assert caught is None or re.search(told, str(caught.value))
+    with ji.load(path, known={"fast": True}) as f:
+        assert f(x)["y"].tolist() == [[[1, 3]]]
 
 
 def test_an_input_of_unknown_rank_is_refused(save):

@@ -3,6 +3,7 @@ own."""
 
 import asyncio
 import gc
+import logging
 import threading
 import time
 import weakref
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxinfer as ji
-from jaxinfer.errors import Closed, InvalidOption, ModelNotFound, OutOfMemory, Rejected
+from jaxinfer.errors import Closed, InvalidOption, ModelNotFound, OutOfMemory, Rejected, StepFailed
 from tests.running import eventually
 from tests.test_endpoint import Held
 
@@ -232,6 +233,69 @@ def test_one_models_overload_and_end_leave_the_others_alone(registry):
     assert all(reply.done() for reply in replies) and numbers(registry["fast"](X)) == {1.0}
 
 
+def raises():
+    """A function that fails on the device for one of its requests."""
+    def refuse(x):
+        if (x == 13).any():
+            raise ValueError("unlucky")
+        return x
+
+    return ji.endpoint(lambda w, x: jax.pure_callback(refuse, jax.ShapeDtypeStruct(x.shape, x.dtype), x) + w["big"][0],
+                       {"big": np.zeros(2**16, np.float32)}, example=X, max_batch=4)
+
+
+def dies():
+    """A model whose thread ends in the middle of its work."""
+    model = raises()
+
+    def crash(*args, **kwargs):
+        raise SystemExit
+
+    model.warmup()
+    model._runner.batcher.take = crash
+    return model
+
+
+@pytest.mark.parametrize("make, error", [(raises, StepFailed), (dies, Closed)])
+def test_one_models_crash_leaves_the_results_and_the_memory_of_others_alone(registry, caplog, make, error):
+    caplog.set_level(logging.CRITICAL, "jax")  # it logs the error, whose traceback holds what the function was given
+    registry.load("good", constant(1))
+    arrays = jax.tree.leaves(registry["good"].params)
+    nbytes = registry["good"].nbytes
+    registry.load("bad", make)
+    weights = weakref.ref(registry["bad"].params["big"])
+    wrong, stop = [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            try:
+                assert numbers(registry["good"].submit(X).result(10)) == {1.0}
+            except Exception as found:
+                wrong.append(found)
+                return
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    replies = []
+    for value in (13, 5, 13):
+        with suppress(Closed):  # it may have died by now
+            replies.append(registry["bad"].submit(np.full(4, value, np.float32)))
+    ended = [reply.exception(10) for reply in replies]
+    assert isinstance(ended[0], error) and all(it is None or isinstance(it, error) for it in ended)
+    assert make is dies or (ended[1] is None and registry["bad"](X).tolist() == [0] * 4), "it is dead for good"
+    stop.set()
+    asker.join(20)
+    assert not wrong and registry["good"].nbytes == nbytes
+    assert all(a is b and not a.is_deleted()
+               for a, b in zip(jax.tree.leaves(registry["good"].params), arrays, strict=True))
+    registry.unload("bad")
+    del replies, ended
+    gc.collect()
+    assert weights() is None, "what died holds on to its memory"
+    registry.load("bad", constant(2))
+    assert numbers(registry["bad"](X)) == {2.0} and numbers(registry["good"](X)) == {1.0}
+
+
 def test_a_version_that_exceeds_its_memory_is_refused_and_leaves_no_array_behind(registry):
     wide = {"w": np.zeros((4, 2**16), np.float32)}
     make = lambda memory: lambda: ji.endpoint(lambda p, x: (x @ p["w"]).sum(1), wide, example=X, memory=memory)
@@ -250,13 +314,18 @@ def test_a_version_that_exceeds_its_memory_is_refused_and_leaves_no_array_behind
 @given(changes=st.lists(st.sampled_from(("load", "swap", "roll back", "canary", "flip")), min_size=2, max_size=8))
 def test_no_request_is_lost_and_no_result_mixed_whatever_changes_under_load(changes):
     registry = ji.Registry()
-    registry.load("m", constant(1))
-    handle, wrong, count, stop = registry["m"], [], [0] * 3, threading.Event()
+    marks = {registry.load("m", constant(1)): 1}  # what each version answers
+    handle, wrong, count, stop, seen = registry["m"], [], [0] * 3, threading.Event(), set()
 
     def ask(i):
         while not stop.is_set():
             try:
-                found = numbers(handle(X)) if i else numbers(handle.submit(X).result(10))
+                if i:
+                    reply = handle.submit(X)
+                    found = numbers(reply.result(10))
+                    seen.add((reply.version, *found))
+                else:
+                    found = numbers(handle(X))
                 if len(found) != 1:
                     wrong.append(found)
                 count[i] += 1
@@ -270,11 +339,11 @@ def test_no_request_is_lost_and_no_result_mixed_whatever_changes_under_load(chan
     try:
         for number, change in enumerate(changes, 2):
             if change == "load":
-                registry.load("m", constant(number))
+                marks[registry.load("m", constant(number))] = number
             elif change == "canary":
-                registry.load("m", constant(number), label="canary")
+                marks[registry.load("m", constant(number), label="canary")] = number
             elif change == "swap":
-                handle.swap({"a": np.float32(-number), "b": np.float32(-number)})
+                marks[handle.swap({"a": np.float32(-number), "b": np.float32(-number)})] = -number
             elif change == "flip" and "canary" in registry.labels("m"):
                 registry.flip("m", registry.labels("m")["canary"])
             elif change == "roll back":
@@ -288,3 +357,4 @@ def test_no_request_is_lost_and_no_result_mixed_whatever_changes_under_load(chan
             thread.join(20)
         registry.close()
     assert not wrong and min(count) > 0
+    assert seen <= set(marks.items()), "an output names a version that did not make it"

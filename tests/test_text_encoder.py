@@ -3,6 +3,7 @@ that it has alone; and an ONNX file is an endpoint like any other."""
 
 import asyncio
 import json
+import threading
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Leaf
 from jaxinfer.runtime.memory import held
 from tests.encoding import Bucket, encode_run, logits_run
-from tests.running import retries
+from tests.running import retries, seen_events
 
 CONFIG = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "vocab_size": 40, "hidden_size": 32,
           "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64,
@@ -93,6 +94,21 @@ def test_every_way_to_ask_says_the_same_and_pairs_are_classified(encoder):
     np.testing.assert_allclose(encoder(("w1 w2", "w3")).logits, pair, atol=1e-5)
     assert np.abs(pair - by_hand(encoder, "w1 w2")[1]).max() > 1e-3, "the second text changed nothing"
     assert encoder.embed([]).shape == (0, 32) and encoder.embed("w1").shape == (1, 32)
+
+
+def test_a_miss_runs_on_a_larger_bucket_while_its_own_is_compiled(path):
+    with ji.load(path) as encoder, seen_events(events.Missed) as missed:
+        expected = by_hand(encoder, "w1 w2")[0]
+        go, programs, longest = threading.Event(), encoder._programs, max(encoder._work.ladder)
+        programs.compile_all(encoder._work.ladder[longest][-1])
+        lower, programs.lower = programs.lower, lambda key: go.wait(20) and lower(key)
+        try:
+            reply = encoder.submit("w1 w2")
+            np.testing.assert_allclose(reply.result(10).vector, expected, atol=1e-5)
+            assert [m.ran_on for m in missed] == [str(encoder._work.ladder[longest][-1])]
+            assert reply.bytes_copied == 8 * 4, "two words between two special tokens: ids and segments"
+        finally:
+            go.set()
 
 
 def test_after_warmup_nothing_compiles(encoder):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import events, kernels
+from jaxinfer import kernels
 from jaxinfer.compiler.buckets import Bucket, Ladder
 from jaxinfer.compiler.placement import ORDER, Placement
 from jaxinfer.compiler.programs import Programs
@@ -158,10 +158,8 @@ class Executables(Programs):
         new = [key for key in needed if key not in self._pending]
         self.prepare(*needed)
         if new:
-            name = str(new[0])
             why = f"run.tokens_T [{shape.tokens}] and run.kv_lens_R [{shape.rows}] want {own}"
-            self.ledger[name].missed = f"{why}; ran on {ran_on}"
-            events.emit(events.Missed(name, why, str(ran_on)))
+            self._missed(str(new[0]), why, str(ran_on))
         return ran_on
 
     def ready(self, shape: Bucket, *then: Key) -> bool:

@@ -67,6 +67,14 @@ class Functions(Programs):
         args, kwargs = self._arguments(key)
         return jax.jit(self.call).lower(self.params, *args, **kwargs)
 
+    def why(self, key: FunctionKey) -> str:
+        """Which arrays have another shape in a batch of `key` than in all that are compiled."""
+        shape = lambda leaf, key: leaf.sized(key.rows, dict(key.sizes))
+        known = tuple(self._pending)
+        new = [leaf for leaf in self.leaves if all(shape(leaf, other) != shape(leaf, key) for other in known)]
+        told = ", ".join(f"{leaf.path} {list(shape(leaf, key))}" for leaf in new or self.leaves)
+        return f"{told} came for the first time{'' if new else ' together'}"
+
     def outputs(self, key: FunctionKey) -> Any:
         """What the function returns for a batch of this shape: a pytree of shapes and dtypes."""
         args, kwargs = self._arguments(key)

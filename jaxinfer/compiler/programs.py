@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -87,6 +87,20 @@ class Programs:
         entry.tokens += real
         entry.padding += padded - real
         return found
+
+    def nearest(self, holding: Sequence[Any], why: Callable[[Any], str]) -> Any:
+        """Which of the keys that can hold a step, its own first, it runs on: the first that is ready, while its own is
+        compiled in the background; if none is, its own, which `get` waits for. `why(own)` says what is new in it."""
+        own = holding[0]
+        ran_on = next((key for key in holding if key in self._ready), own)
+        if own not in self._pending:
+            self._missed(str(own), why(own), str(ran_on))
+            self.prepare(own)
+        return ran_on
+
+    def _missed(self, name: str, why: str, ran_on: str) -> None:
+        self.ledger[name].missed = f"{why}; ran on {ran_on}"
+        events.emit(events.Missed(name, why, ran_on))
 
     def is_ready(self, key: Any) -> bool:
         return key in self._ready

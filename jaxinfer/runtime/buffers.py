@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,4 +45,11 @@ class Buffers:
 
     def give(self, key: Hashable, arrays: list[np.ndarray]) -> None:
         with self._lock:
-            self._free[key].append(arrays)
+            if key in self._free:  # else it was forgotten meanwhile
+                self._free[key].append(arrays)
+
+    def keep_only(self, wanted: Callable[[Any], bool]) -> None:
+        """Forget the sets of all other keys, those that are taken as well."""
+        with self._lock:
+            for key in [key for key in self._free if not wanted(key)]:
+                del self._free[key]

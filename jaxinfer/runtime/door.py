@@ -19,8 +19,8 @@ class Door:
     def __init__(self, leaves: tuple[LeafLike, ...], structure: Any, names: tuple[str, ...], limits: Mapping[str, int]):
         self.leaves, self.structure, self.names, self.limits = leaves, structure, names, limits
 
-    def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, int]]:
-        """The arrays, and the size of each named axis."""
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, int], int]:
+        """The arrays, the size of each named axis, and the bytes that had to be copied."""
         if self.names:
             args, kwargs = (), self._bind(args, kwargs)
         try:
@@ -29,7 +29,10 @@ class Door:
             raise InvalidRequest(f"the arguments have another structure than the example: {error}; they must be "
                                  f"{self}") from error
         sizes: dict[str, int] = {}
-        return [self._check(leaf, value, sizes) for leaf, value in zip(self.leaves, values, strict=True)], sizes
+        arrays = [self._check(leaf, value, sizes) for leaf, value in zip(self.leaves, values, strict=True)]
+        copied = sum(array.nbytes for array, value in zip(arrays, values, strict=True)
+                     if array is not value and array.flags.owndata)
+        return arrays, sizes, copied
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(args) > len(self.names):

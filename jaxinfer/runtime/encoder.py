@@ -18,12 +18,14 @@ from jaxinfer.frontend.sentence import Pipeline
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Encoder, Run
 from jaxinfer.runtime.admission import Admission
-from jaxinfer.runtime.runner import Flight, Result, Runner
+from jaxinfer.runtime.replies import Result
+from jaxinfer.runtime.runner import Flight, Runner
 from jaxinfer.runtime.served import Served, VersionedWork
 from jaxinfer.runtime.versions import Version
 from jaxinfer.scheduler.batcher import Ask, Batcher
 
 Text = str | tuple[str, str]
+TOKEN = 8  # bytes: a token's id and its segment
 
 
 class Tokens(NamedTuple):
@@ -58,7 +60,17 @@ class FlatWork(VersionedWork):
         self.programs, self.ladder = programs, ladder
 
     def bucket(self, longest: int, tokens: int) -> EncoderBucket:
+        """The smallest that so many tokens fit into."""
         return next(b for b in self.ladder[longest] if b.tokens >= tokens)
+
+    def _ready(self, bucket: EncoderBucket, rows: int) -> EncoderBucket:
+        """What a batch of so many rows runs on: its own bucket, or one that holds it while that is compiled."""
+        if self.programs.is_ready(bucket):
+            return bucket
+        holding = [b for buckets in self.ladder.values() for b in buckets
+                   if b.longest >= bucket.longest and b.tokens >= bucket.tokens and b.rows >= rows]
+        why = lambda own: f"run.tokens_T [{own.tokens}] with rows of up to {own.longest} came for the first time"
+        return self.programs.nearest(sorted(holding, key=lambda b: (b.tokens, b.longest)), why)
 
     def cost(self, longest: Any, count: int) -> float:
         """Seconds that a batch will take, as far as is known."""
@@ -67,14 +79,15 @@ class FlatWork(VersionedWork):
     def dispatch(self, asks: list[Ask]) -> Flight:
         version, lens = self.version, np.array([len(ask.payload.ids) for ask in asks], np.int32)
         key = self.bucket(asks[0].shape, max(int(lens.sum()), -(-len(asks) * asks[0].shape // 2)))
+        key = self._ready(key, len(asks))
         tokens_T, segment_T = np.zeros(key.tokens, np.int32), np.zeros(key.tokens, np.int32)
         lens_R, ends = np.zeros(key.rows, np.int32), np.zeros(key.rows + 1, np.int32)
         lens_R[: len(asks)] = lens
         np.cumsum(lens_R, out=ends[1:])
         for ask, start, n in zip(asks, ends.tolist(), lens.tolist(), strict=False):
             tokens_T[start: start + n], segment_T[start: start + n] = ask.payload
-        self.bytes_in += 8 * int(ends[-1])
-        self.bytes_copied += 8 * int(ends[-1])
+        self.bytes_in += TOKEN * int(ends[-1])
+        self.bytes_copied += TOKEN * int(ends[-1])
         program = self.programs.get(key, int(ends[-1]), key.tokens)
         run = Run(tokens_T, ends, lens_R, np.zeros(key.rows, np.int32), {}, key.longest)
         started = time.perf_counter()
@@ -88,7 +101,8 @@ class FlatWork(VersionedWork):
         per_token, results = self.programs.encoder.head_per_token, []
         for r in range(len(flight.asks)):
             own = slice(batch.ends[r], batch.ends[r + 1]) if per_token else r
-            results.append(Result(Encoded(vectors[r].copy(), None if logits is None else logits[own].copy())))
+            encoded = Encoded(vectors[r].copy(), None if logits is None else logits[own].copy())
+            results.append(Result(encoded, bytes_copied=TOKEN * len(flight.asks[r].payload.ids)))
         return results
 
 

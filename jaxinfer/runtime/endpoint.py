@@ -11,7 +11,7 @@ from jaxinfer.compiler.functions import Functions
 from jaxinfer.errors import InvalidOption, InvalidRequest, OutOfMemory
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.door import Door
-from jaxinfer.runtime.padded import BATCH, Cargo, Ladders, NanPolicy, PaddedWork, has_nan
+from jaxinfer.runtime.padded import BATCH, Cargo, Ladders, NanPolicy, PaddedWork, has_nan, in_order
 from jaxinfer.runtime.runner import Runner
 from jaxinfer.runtime.served import Served
 from jaxinfer.runtime.versions import Version
@@ -37,13 +37,16 @@ class Endpoint(Served):
         super().__init__(Runner(work, batcher, Admission(max_waiting), name), work, functions, name)
 
     def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int, Cargo]:
-        arrays, sizes = self._door.enter(args, kwargs)
+        arrays, sizes, copied = self._door.enter(args, kwargs)
         flagged: tuple[str, ...] = ()
         if self._nan != "pass":
             flagged = tuple(leaf.path for leaf, array in zip(self._door.leaves, arrays, strict=True) if has_nan(array))
             if flagged and self._nan == "reject":
                 raise InvalidRequest(f"{', '.join(flagged)} has NaN in it, and this endpoint rejects NaN")
-        return self._work.ladders.padded(sizes) if sizes else (), 1, Cargo(arrays, sizes, flagged)
+        shape, true = self._work.ladders.padded(sizes), in_order(sizes)
+        if shape != true:
+            self._work.shapes(true)  # traced in the thread of whoever brings new sizes, not in the one that serves all
+        return shape, 1, Cargo(arrays, sizes, copied, flagged)
 
     def map(self, requests: Iterable[Any], **options: Any) -> list[Any]:
         """The results of many requests, in their order; each is a single argument, or a dict of named ones. Waits for
@@ -89,7 +92,7 @@ class Endpoint(Served):
         self.functions.compile_all(*keys)
         self._runner.call(partial(self._change_ladders, new))
         if keys:
-            self.functions.keep_only(lambda key: key in keys)
+            self._work.keep_only(lambda key: key in keys)
         return axes
 
     def _change_ladders(self, ladders: Ladders) -> None:

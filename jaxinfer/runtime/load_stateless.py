@@ -62,7 +62,7 @@ def load_onnx_endpoint(path: Path, *, known: Mapping[str, Any], max_batch: int, 
     axes = {BATCH: powers(max_batch)} if batched else {}
     structure = jax.tree.structure(((), {leaf.path: 0 for leaf in leaves}))
     params = jax.device_put(graph.params, device)
-    call = lambda params, **inputs: graph.apply(params, inputs | known)
+    call = _call(graph, known, [name for name, like in asked.items() if like.branching])
     functions = Functions(_by_row(call) if batched else call, params, leaves, structure, 0, device)
     try:
         if not any(isinstance(dim, str) for leaf in leaves for dim in leaf.shape):
@@ -83,6 +83,19 @@ def _known(path: Path, graph: Any, name: str, value: Any) -> np.ndarray:
         return np.asarray(value).astype(graph.inputs[name].dtype)
     except (ValueError, TypeError) as error:
         raise InvalidOption(f"known {name} is {value!r}; it must be {graph.inputs[name].dtype}") from error
+
+
+def _call(graph: Any, known: dict[str, np.ndarray], branching: list[str]) -> Callable:
+    """The file's function of what a request brings. Only with the sizes of one is it seen whether both branches fit."""
+    def call(params, **inputs):
+        try:
+            return graph.apply(params, inputs | known)
+        except UnsupportedModel as error:
+            if not branching:
+                raise
+            raise UnsupportedModel(f"{str(error).rstrip('.')}; which one is taken follows from "
+                                   f"{', '.join(branching)}: load with known={{{branching[0]!r}: ...}}") from error
+    return call
 
 
 def _check_inputs(path: Path, asked: Mapping[str, Any]) -> None:

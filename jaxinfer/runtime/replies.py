@@ -6,15 +6,27 @@ import asyncio
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Result(NamedTuple):
+    """What became of one request of a batch; `flagged` names arrays with NaN in them, `bytes_copied` counts what was
+    copied of its arrays on their way to the device."""
+
+    value: Any = None
+    error: BaseException | None = None
+    flagged: tuple[str, ...] = ()
+    bytes_copied: int = 0
 
 
 class Reply(Future):
     """What becomes of a request: a future of the function's result, which can also be awaited. `version` is that of
-    the weights that made it, `flagged` names the arrays with NaN in them where the endpoint looks for that."""
+    the weights that made it, `flagged` names the arrays with NaN in them where the endpoint looks for that, and
+    `bytes_copied` counts what the host copied of the request: 0 where all of it was read where it lay."""
 
     version: int | None = None
     flagged: tuple[str, ...] = ()
+    bytes_copied: int = 0
     withdraw: Callable[[], bool] = staticmethod(lambda: False)  # the endpoint's: True if nobody else ends the request
 
     def cancel(self) -> bool:
@@ -28,14 +40,14 @@ class Reply(Future):
     def __await__(self) -> Generator[Any, None, Any]:
         return asyncio.wrap_future(self).__await__()
 
-    def finish(self, value: Any, error: BaseException | None, version: int | None, flagged: tuple[str, ...]) -> None:
+    def finish(self, result: Result, version: int | None) -> None:
         if not self.set_running_or_notify_cancel():
             return  # cancelled just now
-        self.version, self.flagged = version, flagged
-        if error is not None:
-            self.set_exception(error)
+        self.version, self.flagged, self.bytes_copied = version, result.flagged, result.bytes_copied
+        if result.error is not None:
+            self.set_exception(result.error)
         else:
-            self.set_result(value)
+            self.set_result(result.value)
 
 
 class Waiter:
@@ -44,18 +56,17 @@ class Waiter:
     def __init__(self):
         self._lock = threading.Lock()
         self._lock.acquire()
-        self.value: Any = None
-        self.error: BaseException | None = None
+        self._result = Result()
 
-    def finish(self, value: Any, error: BaseException | None, version: int | None, flagged: tuple[str, ...]) -> None:
-        self.value, self.error = value, error
+    def finish(self, result: Result, version: int | None) -> None:
+        self._result = result
         self._lock.release()
 
     def wait(self) -> Any:
         self._lock.acquire()
-        if self.error is not None:
-            raise self.error
-        return self.value
+        if self._result.error is not None:
+            raise self._result.error
+        return self._result.value
 
 
 class Task:
@@ -64,20 +75,19 @@ class Task:
     def __init__(self):
         self.loop = asyncio.get_running_loop()
         self.future = self.loop.create_future()
-        self._outcome: tuple[Any, BaseException | None] = (None, None)
+        self._result = Result()
 
-    def finish(self, value: Any, error: BaseException | None, version: int | None, flagged: tuple[str, ...]) -> None:
-        self._outcome = value, error
+    def finish(self, result: Result, version: int | None) -> None:
+        self._result = result
 
     def land(self) -> None:
         """In the event loop."""
-        value, error = self._outcome
         if self.future.done():
             return  # cancelled meanwhile
-        if error is not None:
-            self.future.set_exception(error)
+        if self._result.error is not None:
+            self.future.set_exception(self._result.error)
         else:
-            self.future.set_result(value)
+            self.future.set_result(self._result.value)
 
 
 def wake_loops(sinks: Iterable[Any]) -> None:

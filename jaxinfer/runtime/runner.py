@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from jaxinfer import events
 from jaxinfer.errors import Closed, Expired, InvalidRequest, StepFailed
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.living import call_on
-from jaxinfer.runtime.replies import wake_loops
+from jaxinfer.runtime.replies import Result, wake_loops
 from jaxinfer.runtime.timer import TIMER
 from jaxinfer.scheduler.batcher import Ask, Batcher
 
@@ -31,14 +31,6 @@ class Flight:
     asks: list[Ask]
     version: int
     work: Any
-
-
-class Result(NamedTuple):
-    """What became of one request of a batch; `flagged` names arrays with NaN in them."""
-
-    value: Any = None
-    error: BaseException | None = None
-    flagged: tuple[str, ...] = ()
 
 
 class Work(Protocol):
@@ -101,7 +93,7 @@ class Runner:
         if ask is None or (name == "queue_timeout" and not self.queue.holds(id)) or not self._open.pop(id, None):
             return
         self._leave(ask, "expired")
-        ask.sink.finish(None, Expired(f"{name} of {seconds:g} s is over"), None, ())
+        ask.sink.finish(Result(error=Expired(f"{name} of {seconds:g} s is over")), None)
         wake_loops([ask.sink])
 
     def _leave(self, ask: Ask, reason: str) -> None:
@@ -238,7 +230,7 @@ class Runner:
         if events.observed():
             events.emit(events.RequestEnded(id, "failed" if result.error else "stop", 0, 0))
         try:
-            ask.sink.finish(result.value, result.error, version, result.flagged)
+            ask.sink.finish(result, version)
         except BaseException:  # a done callback's: sys.exit() as well
             traceback.print_exc()
         if wake:

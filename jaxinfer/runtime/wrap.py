@@ -39,11 +39,12 @@ def endpoint(fn: Any, params: Any = None, *, example: Any, axis: int | Mapping[s
     `axis`: where the function wants the batch, in all arrays or by path; `out_axis`: where it puts it. None: the
     function takes one request alone, and is vmapped.
     `ragged`: axes that differ from request to request, by array and named: {"ids": {0: "length"}}. They are padded
-    with `pad[path]` (0), to a rung of `ladders[name]`; results are cut to what the function gives for the true size.
+    with `pad[path]` (0), to a rung of `ladders[name]`; results are cut to what the function gives for the true size,
+    for which it is traced once, in the thread of the first who asks with it.
     That padding changes nothing else is for the function to see to, by a mask or by `pad`: the example is tried.
     `ladders`: rungs by axis, "B" for the batch: by default powers of two, to `max_batch` and to the example's size (of
     four, of eight, ... where two would make more than sixteen Executables). None for an axis: it is not padded, and
-    every size of it is compiled.
+    every size of it is compiled as it comes (the 128 programs used last are kept).
     `max_delay`: seconds that the oldest request waits for company while the device is busy (an idle one takes what
     there is). `max_waiting`: requests that may wait; one more is Rejected.
     `memory`: bytes, or a text such as "1GiB", that the weights and the largest batch may take: `warmup`, and so a

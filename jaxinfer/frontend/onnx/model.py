@@ -17,7 +17,7 @@ from jaxinfer.frontend.onnx.block import Block
 from jaxinfer.frontend.onnx.fold import fold
 from jaxinfer.frontend.onnx.parse import SMALL, Builder
 from jaxinfer.frontend.onnx.run import run_block
-from jaxinfer.frontend.onnx.shaping import shaping
+from jaxinfer.frontend.onnx.shaping import branching, shaping
 from jaxinfer.frontend.onnx.tensors import element_type
 from jaxinfer.frontend.onnx.values import Value, floating
 
@@ -29,13 +29,15 @@ class Input:
     """What a graph takes or gives under one name.
 
     `shape` has an integer, a symbolic name or None for each axis; it is None where the file says nothing. `shaping`
-    says that the values decide shapes: such an input stays a numpy array outside of `jax.jit`'s arguments.
+    says that the values decide shapes: such an input stays a numpy array outside of `jax.jit`'s arguments. `branching`
+    says that they decide which branch of an `If` is taken: traced, both branches must give the same shapes.
     """
 
     shape: tuple[int | str | None, ...] | None
     dtype: np.dtype
     optional: bool = False
     shaping: bool = False
+    branching: bool = False
     kind: str = "tensor"  # or "sequence", "optional"
 
 
@@ -94,13 +96,13 @@ def from_proto(model: onnx.ModelProto, path: Path) -> OnnxGraph:
     builder = Builder(path, model)
     block = builder.main(model.graph)
     given = _inputs(model, block.constants)
-    needed = shaping(block)
+    needed, branches = shaping(block), branching(block)
     defaults = {name for name, it in given.items() if it.optional}
     params = {name: value for name, value in block.constants.items()
               if name in defaults or _weight(name, value, needed)}
     rest = {name: value for name, value in block.constants.items() if name not in params}
     block, folded = fold(replace(block, inputs=(), constants=rest))
-    inputs = {name: replace(it, shaping=name in needed) for name, it in given.items()}
+    inputs = {name: replace(it, shaping=name in needed, branching=name in branches) for name, it in given.items()}
     outputs = {value.name: _described(value) for value in model.graph.output}
     strings = {name: params.pop(name) for name in [*params] if params[name].dtype == object}
     return OnnxGraph(model.graph.name or path.stem, builder.opsets.get("", 0), inputs, outputs, params,

@@ -15,6 +15,15 @@ def shaping(block: Block, wanted: Iterable[str] = ()) -> set[str]:
     return names
 
 
+def branching(block: Block) -> set[str]:
+    """Names, in `block` or around it, that must be concrete for every `If` to take its branch while JAX traces."""
+    conditions = {node.inputs[0] for node in block.nodes if node.op == "If"}
+    for node in block.nodes:
+        for body in node.blocks():
+            conditions |= branching(body) & body.free()
+    return shaping(block, conditions)
+
+
 def _read(node: Node, names: set[str]) -> set[str]:
     asked = [i for i, output in enumerate(node.outputs) if output in names]
     if node.body is not None:
