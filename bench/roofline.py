@@ -58,10 +58,10 @@ def measured(platform: str, quick: bool) -> tuple[dict, list[dict]]:
     dtype = "bfloat16" if native else "float32"
     spread = 2**20 if quick else 2**29 if gpu else 2**28
     edge = 128 if quick else 8192 if gpu else 2048
-    rates = {name: matmul_rate(name, edge) for name in {"float32", dtype, "float8_e4m3fn" if gpu else "int8"}}
+    dtypes = dict.fromkeys(("float32", dtype, "float8_e4m3fn" if gpu else "int8"))
     name = jax.devices()[0].device_kind if gpu else machine()["cpu"]
     size, least = (2**22, 0.02) if quick else (2**31 if gpu else 2**28, 0.5)
-    device = {name: {"bandwidth": bandwidth(size, least)} | rates}
+    device = {name: {"bandwidth": bandwidth(size, least)} | {kind: matmul_rate(kind, edge) for kind in dtypes}}
     print(device, file=sys.stderr, flush=True)
     found = []
     for case in cases(sizes(platform, quick), dtype, platform):
@@ -117,25 +117,32 @@ def micro(seconds: float) -> str:
     return f"{1e6 * seconds:,.1f}" if seconds > 1e-6 else f"{1e6 * seconds:.3f}"
 
 
+def rates(peak: dict[str, float]) -> dict[float, str]:
+    """The rates of a device's matmuls, and which dtypes have each."""
+    found: dict[float, str] = {}
+    for dtype, rate in peak.items():
+        if dtype != "bandwidth":
+            found[rate] = f"{found[rate]} and {dtype}" if rate in found else dtype
+    return found
+
+
 def body(devices: dict, found: list[dict], platform: str) -> str:
     """The section: what the devices give, the table, the plot."""
     word = "predicted" if platform == "tpu" else "measured"
+    tera = lambda rate: f"{rate / 1e12:,.{0 if rate > 1e13 else 3}f} Tops/s"
     gives = "; ".join(f"{name}: {peak['bandwidth'] / 1e9:,.0f} GB/s, " + ", ".join(
-        f"{rate / 1e12:,.3g} Tops/s in {dtype}" for dtype, rate in peak.items() if dtype != "bandwidth")
-        for name, peak in devices.items())
+        f"{tera(rate)} in {dtypes}" for rate, dtypes in rates(peak).items()) for name, peak in devices.items())
     shown = [case for case in found if case["seconds"]]
     left = ", ".join(sorted({case["op"] for case in found if not case["seconds"]}))
     header = ["op", "of", "implementation"]
     for name in devices:
         head = f"{name}: " if len(devices) > 1 else ""
         header += [f"{head}{word} us", "limit us", "limited by", "limit / " + word]
-    notes = f"{gives}.\n\n"
+    notes = (f"{gives}. Weights, pages and logits come from memory; activations may come from nearer, which is how a "
+             "limit can be passed.\n\n")
     if platform == "tpu":
-        notes += ("Predicted by libtpu's cost model, not measured; the limits are of published peak numbers. Left out, "
-                  f"here or on a chip, is what the model does not count (Pallas kernels, a loop's turns): {left}.\n\n")
-    else:
-        notes += ("Weights, pages and logits come from memory; activations may come from a cache, which is how a limit "
-                  "can be passed.\n\n")
+        notes += ("Predicted by libtpu's cost model, not measured; the limits are of published peak numbers. What "
+                  f"the model does not count (Pallas kernels, a loop's turns) is left out: {left}; and some cells.\n\n")
     return notes + table(header, [line(case, devices) for case in shown], words=3) + (
         f"\n\n![ops under the roofs](results/roofline_{platform}.png)")
 
@@ -154,12 +161,11 @@ def draw(devices: dict, found: list[dict], target: Path) -> None:
         shown = [case for case in found if name in case["seconds"]]
         intensity = lambda case: case["operations"] / case["bytes"]
         ends = min(map(intensity, shown)) / 2, 2 * max(map(intensity, shown))
-        for dtype, rate in peak.items():
-            if dtype != "bandwidth" and any(case["dtype"] == dtype for case in shown):
-                ridge = rate / peak["bandwidth"]
-                points = [ends[0], ridge, max(ends[1], ridge)]
-                ax.plot(points, [min(rate, x * peak["bandwidth"]) for x in points], color="0.5", linewidth=1)
-                ax.annotate(dtype, (points[-1], rate), ha="right", va="bottom", fontsize=8)
+        for rate, dtypes in rates(peak).items():
+            ridge = rate / peak["bandwidth"]
+            points = [ends[0], ridge, max(ends[1], ridge)]
+            ax.plot(points, [min(rate, x * peak["bandwidth"]) for x in points], color="0.5", linewidth=1)
+            ax.annotate(dtypes, (points[-1], rate), ha="right", va="bottom", fontsize=8)
         for number, op in enumerate(ops):
             mine = [case for case in shown if case["op"] == op]
             ax.scatter([intensity(case) for case in mine],

@@ -177,7 +177,7 @@ def ffn(config: decoder.Config, dtype: str, T: int) -> Case:
         "gate_up": _weight((2 * F, D), dtype), "down": _weight((D, F), dtype)})
     call = lambda x_TD, weights, *_: (x_TD + decoder.ffn(config, weights, x_TD, None), ())  # it reads nothing of a run
     moved = _nbytes(dtype, 3, F, D) + _nbytes("float32", T, 2 * D)
-    return Case("gated FFN", _tokens(T), call, make, 6 * T * F * D, moved, dtype, 8)
+    return Case("gated FFN", _tokens(T), call, make, 6 * T * F * D, moved, dtype, 4)
 
 
 def matmul(config: decoder.Config, dtype: str, multiplies: str, T: int, format: Format | None = None,
@@ -244,7 +244,7 @@ def logprobs(config: decoder.Config, R: int) -> Case:
     found = kernels.Logprobs(jnp.zeros(R), jnp.zeros(R, jnp.int32), jnp.zeros((R, kernels.TOP), jnp.int32),
                              jnp.zeros((R, kernels.TOP)))
     return Case("logprobs", _rows(R), call, _logits(config, R, lambda: jnp.arange(R), found), 4 * R * config.vocab,
-                _nbytes("float32", R, config.vocab), "float32", 4)
+                _nbytes("float32", R, config.vocab), "float32", 2)
 
 
 def _tokens(T: int) -> str:

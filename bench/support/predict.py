@@ -12,8 +12,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from bench.support.ops import Case
 from jaxinfer import kernels
 
-NOT_COUNTED = ("tpu_custom_call", " while(")  # Pallas kernels count as nothing, the body of a loop once; other
-# custom calls, of the compiler's own, as -1 s
+NOT_COUNTED = ("tpu_custom_call", " while(")  # Pallas kernels count as nothing, the body of a loop once
 
 
 def chip(topology: str) -> jax.Device:
@@ -35,5 +34,5 @@ def seconds(case: Case, device: jax.Device) -> tuple[float | None, str]:
         # A fresh partial: JAX would share its trace with another platform's.
         program = jax.jit(partial(case.call), donate_argnums=2).lower(x, own, state, shared).compile()
     how, text = next(iter(traced.chosen.values()), ""), program.as_text()
-    took = program.cost_analysis()["optimal_seconds"]
+    took = program.cost_analysis()["optimal_seconds"]  # a call that the model cannot estimate counts as -1 s
     return (None if took <= 0 or any(word in text for word in NOT_COUNTED) else took), how
