@@ -261,6 +261,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a check that it runs, on any device: a tiny shape")
     parser.add_argument("--memory", default="70GiB")
     options = parser.parse_args()
+    if not options.peers.exists():
+        parser.error(f"{options.peers} is not here")
     if options.quick:
         options.shapes, options.memory, of_peer, plans = ["tiny"], "1GiB", "tiny", {"tiny": QUICK}
     else:
