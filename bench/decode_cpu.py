@@ -47,7 +47,7 @@ from jaxinfer.frontend.catalog import resolve
 from jaxinfer.kernels.quantised import FORCED
 
 PREFILL, PROMPT = 512, 96
-NEW = {1: 64, 8: 48, 32: 32}  # tokens drawn for each row, by rows
+NEW = {1: 48, 8: 32, 32: 24}  # tokens drawn for each row, by rows
 DTYPES, SCHEMES = ("float32", "bfloat16"), ("w8a8", "int8", "int4")
 CASES = {"prefill of 512": None} | {f"decode, batch {rows}": rows for rows in NEW}
 BATCH_1, STEP_ROWS = "decode, batch 1", 8  # whose step is taken apart
@@ -104,10 +104,10 @@ def ours_timed(lm: jaxinfer.LanguageModel, prompts: list[list[int]], new: int) -
     return Timed(found.read, found.rate if new > 1 else 0.0, [tokens[:new] for tokens in found.tokens])
 
 
-def measure(engines: dict[str, Callable[..., Timed]], encode: Callable[[str], list[int]], rounds: int, warm: int,
-            most: int) -> tuple[dict, dict]:
-    """Tokens per second of every round, by case and engine; and the tokens that each engine drew, by engine. The
-    `warm` rounds before them count for nothing. No row draws more than `most` tokens."""
+def measure(engines: dict[str, Callable[..., Timed]], encode: Callable[[str], list[int]], rounds: int, most: int
+            ) -> tuple[dict, dict]:
+    """Tokens per second of every round, by case and engine; and the tokens that each engine drew, by engine. Every
+    engine first reads and draws a little with each number of rows. No row draws more than `most` tokens."""
     fresh = itertools.count(1)
 
     def prompts(rows: int, length: int) -> list[list[int]]:
@@ -115,16 +115,17 @@ def measure(engines: dict[str, Callable[..., Timed]], encode: Callable[[str], li
         starts = (1000 * next(fresh) for _ in range(rows))
         return [encode(" ".join(f"{start + i}," for i in range(length)))[:length] for start in starts]
 
+    for rows, timed in itertools.product(NEW, engines.values()):
+        timed(prompts(rows, 16), 2)
     rates, drawn = defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    for number in range(-warm, rounds):
+    for number in range(rounds):
         for case, rows in CASES.items():
             asked = prompts(rows or 1, PROMPT if rows else PREFILL)
             for engine, timed in engines.items():
                 found = timed(asked, min(NEW[rows], most) if rows else 1)
                 drawn[engine] += itertools.chain(*found.tokens)
-                if number >= 0:
-                    rates[case][engine].append(found.rate if rows else PREFILL / found.read)
-                print(number, case, engine, *(f"{x:.2f}" for x in found[:2]), file=sys.stderr, flush=True)
+                rates[case][engine].append(found.rate if rows else PREFILL / found.read)
+                print(number, case, engine, f"{rates[case][engine][-1]:.1f}", file=sys.stderr, flush=True)
     return rates, drawn
 
 
@@ -237,7 +238,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.peers_python.exists():
         parser.error(f"{options.peers_python} is not here; `make bench` sets it up, --peers-python names another")
-    rounds, warm, most = (1, 0, 4) if options.quick else (options.rounds, 1, max(NEW.values()))
+    rounds, most = (1, 4) if options.quick else (options.rounds, max(NEW.values()))
     model = Path(resolve(options.model)).resolve()
 
     # OpenMP's barriers crawl while others use the cores, as they may in a --quick run.
@@ -249,7 +250,7 @@ def main() -> None:
     engines = {name: partial(ours_timed, lm) for name, lm in ours.items()}
     engines |= {name: partial(peers.timed, name) for name in peers.names if native or "bfloat16" not in name}
     encode = next(iter(ours.values())).tokenizer.encode
-    samples, drawn = measure(engines, encode, rounds, warm, most)
+    samples, drawn = measure(engines, encode, rounds, most)
     peers.close()
     rates = {case: {engine: median(values) for engine, values in by.items()} for case, by in samples.items()}
     contexts = range(PROMPT, PROMPT + NEW[STEP_ROWS], 4)

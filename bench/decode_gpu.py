@@ -91,9 +91,9 @@ def engine_step(lm: ji.LanguageModel, rows: int, context: int, new: int) -> floa
 def bare_step(lm: ji.LanguageModel, rows: int, context: int, steps: int) -> float:
     """Seconds of the forward Executable alone, called `steps` times in a row."""
     executables = lm._engine.executables
-    forward, state = executables.get(Key("forward", decode(rows))), lm._engine.state
-    tables = scattered(state, executables.table_width, rows, context)
-    run = jax.device_put(decode_run(tables, context, np.arange(10, 10 + rows, dtype=np.int32)))
+    bucket, state = executables.ladder.holding(decode(rows))[0], lm._engine.state
+    forward, tables = executables.get(Key("forward", bucket)), scattered(state, executables.table_width, rows, context)
+    run = jax.device_put(decode_run(tables, context, np.arange(10, 10 + rows, dtype=np.int32), bucket.rows))
     last_S = jnp.zeros(executables.max_rows, jnp.int32)
     for n in (3, steps):
         start = time.perf_counter()

@@ -57,9 +57,13 @@ def scattered(state: Mapping[str, Any], widths: Mapping[str, int], rows: int, co
     return tables
 
 
-def decode_run(tables: dict[str, Any], context: int, tokens_T: np.ndarray | None = None) -> Run:
-    """A step of one token for each row of `tables`, the last of `context`: `tokens_T`, or what the row drew last."""
-    R = len(next(iter(tables.values())))
-    ints = lambda n: np.arange(n, dtype=np.int32)
-    tokens_T = np.full(R, -1, np.int32) if tokens_T is None else tokens_T
-    return Run(tokens_T, ints(R + 1), np.full(R, context, np.int32), ints(R), tables, longest=1, singles=R)
+def decode_run(tables: dict[str, Any], context: int, tokens_R: np.ndarray | None = None, padded: int = 0) -> Run:
+    """A step of one token for each row of `tables`, the last of `context`: `tokens_R`, or what the row drew last. Rows
+    are padded to so many."""
+    real = len(next(iter(tables.values())))
+    R, ints = max(real, padded), lambda n: np.arange(n, dtype=np.int32)
+    tokens_R = np.full(real, -1, np.int32) if tokens_R is None else tokens_R
+    tables = {name: np.pad(table, ((0, R - real), (0, 0))) for name, table in tables.items()}
+    lens_R = np.where(ints(R) < real, np.int32(context), np.int32(0))
+    return Run(np.pad(tokens_R, (0, R - real)), np.minimum(ints(R + 1), np.int32(real)), lens_R, ints(R), tables,
+               longest=1, singles=R)
