@@ -123,7 +123,6 @@ class LlamaCpp:
         import llama_cpp
 
         self.api, self.threads, self.context, self.contexts = llama_cpp, threads, context, {}
-        self.best: dict[int, int] = {}  # threads, by rows
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: the library holds a bare pointer to it
         llama_cpp.llama_log_set(self.quiet, None)
         params = llama_cpp.llama_model_default_params()
@@ -137,10 +136,10 @@ class LlamaCpp:
             params.n_ctx, params.n_seq_max, params.n_batch = rows * self.context, rows, rows * self.context
             params.n_threads = params.n_threads_batch = self.threads
             self.contexts[rows] = self.api.llama_init_from_model(self.model, params)
-            self.best[rows] = self._probe(self.contexts[rows], rows)
+            self._probe(self.contexts[rows], rows)
         return self.contexts[rows]
 
-    def _probe(self, context, rows: int) -> int:
+    def _probe(self, context, rows: int) -> None:
         """Decode with as many threads as are the fastest at it, here and now, and prompts of one row with all."""
         def seconds(threads: int) -> float:
             self.api.llama_set_n_threads(context, threads, threads)
@@ -153,7 +152,7 @@ class LlamaCpp:
         took = {n: min(seconds(n) for _ in range(PROBES)) for n in counts}
         best = min(counts, key=took.get)
         self.api.llama_set_n_threads(context, best, self.threads if rows == 1 else best)
-        return best
+        print(f"llama.cpp decodes {rows} rows with {best} threads", file=sys.stderr)
 
     def _decode(self, context, entries: list[tuple[int, int, int, bool]], look=likeliest) -> list:
         """Read tokens, given as (sequence, position, token, last); what `look` makes of the logits after each that is
