@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,9 +26,11 @@ class Answers(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Tokens per second from when all rows decode until the first one has all of its tokens."""
+        """Tokens per second from when all rows decode until the first one has all of its tokens; NaN where that is
+        before the last one begins."""
         begun, ended = self.read, min(at[-1] for at in self.times)
-        return sum(begun < when <= ended for at in self.times for when in at) / (ended - begun)
+        count = sum(begun < when <= ended for at in self.times for when in at)
+        return count / (ended - begun) if ended > begun else math.nan
 
 
 def answers(lm: ji.LanguageModel, prompts: list[list[int]], new: int) -> Answers:
