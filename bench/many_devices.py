@@ -23,14 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench.support.random_checkpoint import SHAPES
+from bench.support.decoding import decode_run
 from bench.support.report import publish, table
+from bench.support.shapes import SHAPES
 from jaxinfer import compiler, kernels
 from jaxinfer.compiler import Executables, Key, Ladder
 from jaxinfer.compiler.buckets import decode
 from jaxinfer.compiler.placement import Placement, spread
 from jaxinfer.frontend.architectures import architecture
-from jaxinfer.graph import Graph, Run
+from jaxinfer.graph import Graph
 from jaxinfer.runtime import memory as planning
 from jaxinfer.scheduler import PageGroup
 
@@ -58,12 +59,11 @@ class Steps:
 
     def run(self, count: int) -> float:
         """Seconds a step, over `count` of them, dispatched ahead as the engine does."""
-        R, all_R = self.rows, np.arange(self.rows, dtype=np.int32)
+        all_R = np.arange(self.rows, dtype=np.int32)
         jax.block_until_ready((self.state, self.last_S))
         start = time.perf_counter()
         for i in range(count):
-            run = Run(np.full(R, -1, np.int32), np.arange(R + 1, dtype=np.int32),
-                      np.full(R, self.context + 1 + i, np.int32), all_R, self.tables, 1, R)
+            run = decode_run(self.tables, self.context + 1 + i)
             self.state, logits_RV = self.forward(self.params, self.state, self.last_S, run)
             self.last_S, tokens_R = self.greedy(logits_RV, self.last_S, all_R)
         jax.block_until_ready(tokens_R)

@@ -63,10 +63,10 @@ PEERS = {"llama.cpp Q4_1 (the file)": "as it is", "llama.cpp Q8_0": "Q8_0"}
 
 def logits_of(graph: Graph, params: Params, tokens: list[int], way: Way) -> np.ndarray:
     """The logits [T, V] after each token, in one step."""
-    T, cpu = len(tokens), jax.devices("cpu")[0]
+    T = len(tokens)
     pages = -(-T // planning.PAGE_SIZE)
     groups = tuple(PageGroup(g.name, planning.PAGE_SIZE, pages, g.window) for g in graph.groups)
-    state = planning.empty_state(graph, groups, way.dtype, cpu)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), planning.abstract_state(graph, groups, way.dtype))
     run = Run(np.array(tokens, np.int32), np.array([0, T], np.int32), np.array([T], np.int32), np.zeros(1, np.int32),
               {g.name: np.arange(pages, dtype=np.int32)[None] for g in groups}, T)
     with kernels.tracing("cpu", way.forced):

@@ -1,7 +1,8 @@
 """The peers on the CPU, in their own Python: reads requests from stdin as JSON lines, answers on stdout.
 
 First it says which peers are here: {"peers": [...], "versions": {...}}. Then, for each {"peer", "prompts", "new"},
-{"seconds", "tokens"}: the time to read all prompts (token ids, equally long) and draw `new` tokens greedily for each.
+{"read", "seconds", "tokens"}: the time to read all prompts (token ids, equally long) and draw a token for each, and
+that to draw `new` tokens for each, greedily.
 For each {"peer", "trace", "rows"}, {"times", "tokens", "slots", "padding"}: how it served the trace's requests, given
 as [seconds until it arrives, prompt, new], with at most `rows` at once; see `Served` in trace.py.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 BATCH = 2048  # the most tokens that llama-server reads at once, its --batch-size
+PROBES = 5  # decode steps by which a number of threads is judged
 
 
 class Traffic:
@@ -83,12 +85,13 @@ class Transformers:
         self.model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=number).eval()
         assert self.model.dtype == number, self.model.dtype
 
-    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        ids = self.torch.tensor(prompts)
+    def generate(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float]:
+        """The tokens, and when all prompts had their first one."""
+        ids, stamps = self.torch.tensor(prompts), Stamps()
         with self.torch.inference_mode():
             out = self.model.generate(ids, attention_mask=self.torch.ones_like(ids), do_sample=False, use_cache=True,
-                                      min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
-        return out[:, ids.shape[1]:].tolist()
+                                      min_new_tokens=new, max_new_tokens=new, pad_token_id=0, streamer=stamps)
+        return out[:, ids.shape[1]:].tolist(), stamps.times[1]
 
     def serve(self, traffic: Traffic, rows: int) -> None:
         """Static batches: whoever has arrived (at most `rows`) is padded on the left to the longest prompt and runs
@@ -133,7 +136,23 @@ class LlamaCpp:
             params.n_ctx, params.n_seq_max, params.n_batch = rows * self.context, rows, rows * self.context
             params.n_threads = params.n_threads_batch = self.threads
             self.contexts[rows] = self.api.llama_init_from_model(self.model, params)
+            self._probe(self.contexts[rows], rows)
         return self.contexts[rows]
+
+    def _probe(self, context, rows: int) -> None:
+        """Decode with as many threads as are the fastest at it, here and now, and prompts of one row with all."""
+        def seconds(threads: int) -> float:
+            self.api.llama_set_n_threads(context, threads, threads)
+            self.api.llama_memory_clear(self.api.llama_get_memory(context), True)
+            start = time.perf_counter()
+            self._step(context, 0, [[1]] * rows)
+            return time.perf_counter() - start
+
+        counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < self.threads] + [self.threads]
+        took = {n: min(seconds(n) for _ in range(PROBES)) for n in counts}
+        best = min(counts, key=took.get)
+        self.api.llama_set_n_threads(context, best, self.threads if rows == 1 else best)
+        print(f"llama.cpp decodes {rows} rows with {best} threads", file=sys.stderr)
 
     def _decode(self, context, entries: list[tuple[int, int, int, bool]], look=likeliest) -> list:
         """Read tokens, given as (sequence, position, token, last); what `look` makes of the logits after each that is
@@ -161,14 +180,16 @@ class LlamaCpp:
         return self._decode(context, [(row, start + i, token, i == last)
                                       for row, tokens in enumerate(tokens_R) for i, token in enumerate(tokens)])
 
-    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float]:
+        """The tokens, and when all prompts had their first one."""
         context = self._context(len(prompts))
         self.api.llama_memory_clear(self.api.llama_get_memory(context), True)
         drawn, start = [self._step(context, 0, prompts)], len(prompts[0])
+        read = time.perf_counter()
         while len(drawn) < new:
             drawn.append(self._step(context, start, [[token] for token in drawn[-1]]))
             start += 1
-        return [list(row) for row in zip(*drawn, strict=True)]
+        return [list(row) for row in zip(*drawn, strict=True)], read
 
     def serve(self, traffic: Traffic, rows: int) -> None:
         """Continuous batching over `rows` slots, as llama-server does it: each call reads the next token of every slot
@@ -242,8 +263,8 @@ def main(path: Path, threads: int) -> None:
             answer = {name: getattr(traffic, name) for name in ("times", "tokens", "slots", "padding")}
         else:
             start = time.perf_counter()
-            tokens = peer.generate(ask["prompts"], ask["new"])
-            answer = {"seconds": time.perf_counter() - start, "tokens": tokens}
+            tokens, read = peer.generate(ask["prompts"], ask["new"])
+            answer = {"read": read - start, "seconds": time.perf_counter() - start, "tokens": tokens}
         print(json.dumps(answer), file=answers)
 
 

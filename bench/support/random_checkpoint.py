@@ -16,18 +16,6 @@ from jaxinfer.graph import Leaf
 
 BLOCK = 2**25  # numbers that are drawn; longer tensors repeat them
 
-LLAMA_8B = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-}
-LLAMA_1B = LLAMA_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
-                       "tie_word_embeddings": True}
-TINY = LLAMA_8B | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-                   "num_key_value_heads": 2, "vocab_size": 1024}
-SHAPES = {"8b": LLAMA_8B, "1b": LLAMA_1B, "tiny": TINY}
-
 
 def write(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """config.json, tokenizer.json (one word for each token) and bfloat16 weights in one model.safetensors."""

@@ -44,19 +44,22 @@ def table(header: list[str], rows: list[list[Any]], words: int = 1) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def publish(name: str, title: str, body: str, data: dict[str, Any], *, keep: bool) -> None:
-    """Print a bench's section; if `keep`, write `results/NAME.json` and put the section into RESULTS.md."""
+def publish(name: str, title: str, body: str, data: dict[str, Any], *, keep: bool, part: str = "") -> None:
+    """Print a bench's section; if `keep`, write `results/NAME.json` and put the section into RESULTS.md. A bench of
+    several sections says of which platform this `part` is."""
     data = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions()} | data
     used = ", ".join(f"{package} {number}" for package, number in data["versions"].items())
     box = data["machine"]
     where = f"{box['cpu']}, {box['cores']} cores, {' '.join(box['instructions'])}. {used}."
-    section = f"## {title}\n\n`python bench/{name}.py`, {data['date']}. {where}\n\n{body}\n"
+    command = f"python bench/{name}.py" + (f" --platform {part}" if part else "")
+    section = f"## {title}\n\n`{command}`, {data['date']}. {where}\n\n{body}\n"
     print(section)
     if not keep:
         print("(--quick: a check that the bench runs; the numbers mean nothing, and nothing was kept)")
         return
     (BENCH / "results").mkdir(exist_ok=True)
-    (BENCH / "results" / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    file = f"{name}_{part}.json" if part else f"{name}.json"
+    (BENCH / "results" / file).write_text(json.dumps(data, indent=1) + "\n")
     page = BENCH / "RESULTS.md"
     parts = re.split(r"(?m)^(?=## )", page.read_text())
     kept = [part.rstrip() + "\n" for part in parts if not part.startswith(f"## {title}\n")]
