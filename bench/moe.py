@@ -92,6 +92,7 @@ def ask(shape: Shape, T: int, pairs: list[tuple[jax.Array, jax.Array]], calls: i
 
 def chain(op: Callable, x_TD: jax.Array, routings: Any, weights: Any, _last: Any) -> jax.Array:
     """One call after the other, each of which waits for the tokens of the one before it, as a router would."""
+    op = jax.jit(op, static_argnums=5)  # traced once
     for routing, pair in zip(routings, weights, strict=True):
         x_TD, routing = jax.lax.optimization_barrier((x_TD, routing))
         x_TD = x_TD + op(x_TD, *routing, *pair, jax.nn.silu)
@@ -126,9 +127,8 @@ def tuned(shape: Shape, T: int, layers: Layers, quick: bool) -> list[tuple[float
                    if program)
 
     def attempt(tiling: Tiling) -> Callable | None:
-        op = jax.jit(partial(moe_gpu.routed_ffn_triton, tiling=tiling), static_argnums=5)  # traced once for all calls
         try:
-            return compiled(op, layers)
+            return compiled(partial(moe_gpu.routed_ffn_triton, tiling=tiling), layers)
         except jax.errors.JaxRuntimeError:  # more shared memory than there is
             return None
 
