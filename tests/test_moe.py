@@ -115,20 +115,22 @@ def interpreted():
 
 
 @cache
-def in_small_tiles():
-    """The kernels for GPUs, in Pallas' interpreter, of whose tiles three make more than there is."""
-    small = Tiling(16, Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
-    return jax.jit(partial(moe_gpu.routed_ffn_triton, activation=ACTIVATIONS["gelu_tanh"], tiling=small))
+def in_tiles(outputs: int):
+    """The kernels for GPUs, in Pallas' interpreter."""
+    tile = Tile(outputs, 16, 4, 1)
+    return jax.jit(partial(moe_gpu.routed_ffn_triton, activation=ACTIVATIONS["gelu_tanh"],
+                           tiling=Tiling(16, tile, tile)))
 
 
+@pytest.mark.parametrize("outputs", [16, 64])  # less and more than Hopper's matrix units want: the two ways to multiply
 @given(seed=SEEDS, data=st.data())
-def test_tiles_that_divide_nothing_hold_what_there_is(seed, data):
-    T, width, ffn, rng = 40, 40, 36, np.random.default_rng(seed)
+def test_tiles_that_divide_nothing_hold_what_there_is(outputs, seed, data):
+    T, width, ffn, rng = 40, 72, 68, np.random.default_rng(seed)
     draw = lambda *shape: (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
     expert, weight_TA = data.draw(routings(T)), rng.random((T, A)).astype(np.float32)
     args = draw(T, width), expert, weight_TA, draw(E, 2 * ffn, width), draw(E, width, ffn)
     expected = moe.routed_ffn_reference(*map(jnp.asarray, args), ACTIVATIONS["gelu_tanh"])
-    np.testing.assert_allclose(in_small_tiles()(*args), expected, atol=1e-5)
+    np.testing.assert_allclose(in_tiles(outputs)(*args), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("pairs", [1, 600])  # one, more than a chunk of keys
@@ -155,7 +157,7 @@ def cut(expert_P, rows):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_what_the_kernels_for_gpus_take_becomes_triton(name):
     """Without a GPU: Mixtral's shape, as far as Pallas compiles it."""
-    T, E, A, D, F = 64, 8, 2, 4096, 14336
+    T, E, A, D, F = 128, 8, 2, 4096, 14336
     shape, activation = jax.ShapeDtypeStruct, ACTIVATIONS[name]
     args = (shape((T, D), "float32"), shape((T, A), "int32"), shape((T, A), "float32"),
             shape((E, 2 * F, D), "bfloat16"), shape((E, D, F), "bfloat16"))

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jaxinfer.kernels.triton import call, dot, load, power, store
 
 LEAST = 16  # rows, outputs or inputs that Triton multiplies
+WIDE = 64  # what Hopper's matrix units take at least of one side: of the outputs, where rows are fewer
 KEYS = 512  # compared at a time with those of PLACES pairs
 PLACES = 16
 SORT = 8, 1  # warps, and stages of a kernel's loop
@@ -47,10 +48,10 @@ class Tiling(NamedTuple):
     down: Tile
 
 
-# By rows. Few rows wait for the weights, which many programs with deep pipelines read; many for the arithmetic.
+# By rows. Few rows wait for the weights, which deep pipelines read; many for the arithmetic.
 TILINGS = (
-    Tiling(16, Tile(32, 128, 4, 4), Tile(32, 256, 4, 4)),
-    Tiling(32, Tile(32, 128, 4, 4), Tile(64, 128, 4, 4)),
+    Tiling(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 5)),
+    Tiling(32, Tile(64, 128, 4, 3), Tile(64, 128, 4, 5)),
     Tiling(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
     Tiling(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 4)),
 )
@@ -163,6 +164,12 @@ def _rows(pair_ref, first, end, rows):
     return place_B, real_B, load(pair_ref, place_B, mask=real_B)
 
 
+def _sides(rows, tile):
+    """Whether a result is [o, B] and not [B, o]; and what makes a vector of its rows, or of its outputs, as wide."""
+    first, second = lambda x: x[:, None], lambda x: x[None]
+    return (True, second, first) if rows < WIDE <= tile.outputs else (False, first, second)
+
+
 def _gate_up_kernel(pair_ref, expert_ref, first_ref, end_ref, x_ref, w_ref, h_ref, *, activation, choices, rows, tile):
     """Some of the gates and ups of one block: activation(gate) * up, at the places that its pairs were sorted to."""
     n, f_o, F = pl.program_id(0), pl.program_id(1) * tile.outputs + jnp.arange(tile.outputs), h_ref.shape[1]
@@ -172,8 +179,9 @@ def _gate_up_kernel(pair_ref, expert_ref, first_ref, end_ref, x_ref, w_ref, h_re
     def _():
         place_B, real_B, pair_B = _rows(pair_ref, first, end, rows)
         within_o = jnp.minimum(f_o, F - 1)
-        gate_Bo, up_Bo = _multiply(x_ref, pair_B // choices, w_ref, expert_ref[n], (within_o, F + within_o), tile)
-        store(h_ref, activation(gate_Bo) * up_Bo, place_B[:, None], f_o[None], mask=real_B[:, None] & (f_o < F)[None])
+        gate, up = _multiply(x_ref, pair_B // choices, w_ref, expert_ref[n], (within_o, F + within_o), tile)
+        _, row, output = _sides(rows, tile)
+        store(h_ref, activation(gate) * up, row(place_B), output(f_o), mask=row(real_B) & output(f_o < F))
 
 
 def _down_kernel(pair_ref, expert_ref, first_ref, end_ref, weight_ref, h_ref, w_ref, y_ref, *, rows, tile):
@@ -185,22 +193,25 @@ def _down_kernel(pair_ref, expert_ref, first_ref, end_ref, weight_ref, h_ref, w_
     def _():
         place_B, real_B, pair_B = _rows(pair_ref, first, end, rows)
         row_B, within_o = jnp.minimum(place_B, P - 1), jnp.minimum(d_o, D - 1)
-        (y_Bo,) = _multiply(h_ref, row_B, w_ref, expert_ref[n], (within_o,), tile)
-        weight_B1 = load(weight_ref, pair_B, mask=real_B)[:, None]
-        store(y_ref, y_Bo * weight_B1, jnp.where(real_B, pair_B, P)[:, None], d_o[None],
-              mask=real_B[:, None] & (d_o < D)[None])
+        (y,) = _multiply(h_ref, row_B, w_ref, expert_ref[n], (within_o,), tile)
+        _, row, output = _sides(rows, tile)
+        weighed = y * row(load(weight_ref, pair_B, mask=real_B))
+        store(y_ref, weighed, row(jnp.where(real_B, pair_B, P)), output(d_o), mask=row(real_B) & output(d_o < D))
 
 
 def _multiply(x_ref, row_B, w_ref, e, outputs, tile):
     """Rows of `x` with each of these ranges of expert `e`'s outputs, in float32; the rows are read once for all."""
-    inputs = x_ref.shape[1]
+    inputs, rows = x_ref.shape[1], len(row_B)
+    outputs_first, *_ = _sides(rows, tile)
+    policy = "evict_first" if rows < WIDE else None  # then hardly any block reads weights that another one has read
 
     def add(n, sums):
         i_1i = n * tile.inputs + jnp.arange(tile.inputs)[None]
         mask = True if inputs % tile.inputs == 0 else i_1i < inputs
         x_Bi = load(x_ref, row_B[:, None], i_1i, mask=mask)
-        return tuple(sum_Bo + dot(x_Bi, load(w_ref, e, o_o[:, None], i_1i, mask=mask), trans_b=True)
-                     for sum_Bo, o_o in zip(sums, outputs, strict=True))
+        ws = [load(w_ref, e, o_o[:, None], i_1i, mask=mask, eviction_policy=policy) for o_o in outputs]
+        both = [(w_oi, x_Bi) if outputs_first else (x_Bi, w_oi) for w_oi in ws]
+        return tuple(so_far + dot(*pair, trans_b=True) for so_far, pair in zip(sums, both, strict=True))
 
-    zeros = tuple(jnp.zeros((len(row_B), tile.outputs), jnp.float32) for _ in outputs)
-    return lax.fori_loop(0, pl.cdiv(inputs, tile.inputs), add, zeros)
+    shape = (tile.outputs, rows) if outputs_first else (rows, tile.outputs)
+    return lax.fori_loop(0, pl.cdiv(inputs, tile.inputs), add, (jnp.zeros(shape, jnp.float32),) * len(outputs))
