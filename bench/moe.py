@@ -118,7 +118,7 @@ def check(ways: Sequence[str], layers: Layers) -> float:
     return far
 
 
-def tuned(shape: Shape, T: int, layers: Layers, quick: bool) -> list[tuple[float, Tiling]]:
+def fastest_tiles(shape: Shape, T: int, layers: Layers, quick: bool) -> list[tuple[float, Tiling]]:
     """The fastest tiles for each number of rows near the one that is taken, and how long a call takes with them."""
     def fastest(tilings: list[Tiling]) -> tuple[float, Tiling]:
         with ThreadPoolExecutor(8) as pool:
@@ -132,7 +132,8 @@ def tuned(shape: Shape, T: int, layers: Layers, quick: bool) -> list[tuple[float
         except jax.errors.JaxRuntimeError:  # more shared memory than there is
             return None
 
-    at, found = moe_gpu.TILINGS.index(moe_gpu.tiling_for(T * shape.A, shape.E)), []
+    at = [tiling.rows for tiling in moe_gpu.TILINGS].index(moe_gpu.tiling_for(T * shape.A, shape.E).rows)
+    found = []
     for base in moe_gpu.TILINGS[max(0, at - 1):at + 2]:
         tiles = (FEW if base.rows <= 32 else MANY)[:1 if quick else None]
         _, base = fastest([base, *(base._replace(gate_up=tile) for tile in tiles)])
@@ -161,7 +162,7 @@ def main() -> None:
             layers, asked = ask(shape, T, pairs, CALLS if T <= 64 and not options.quick else len(pairs))
             if options.tune:
                 lines += [[name, T, f"{1e6 * took:.1f}", tiling.rows, tuple(tiling.gate_up), tuple(tiling.down)]
-                          for took, tiling in tuned(shape, T, layers, options.quick)]
+                          for took, tiling in fastest_tiles(shape, T, layers, options.quick)]
                 continue
             far = check(ways, layers)
             mine, other = (seconds(compiled(partial(routed_ffn, how=way), layers), layers) for way in ways)

@@ -14,6 +14,7 @@ import jaxinfer as ji
 from jaxinfer.graphs.decoder import ACTIVATIONS
 from jaxinfer.kernels import moe, moe_gpu, route, routed_ffn, tracing
 from jaxinfer.kernels.moe_gpu import Tile, Tiling
+from jaxinfer.kernels.tuned import trying
 from jaxinfer.testing import SEEDS
 from tests import tiny
 
@@ -151,6 +152,14 @@ def test_blocks_have_each_pair_once_by_expert(pairs, data):
 @partial(jax.jit, static_argnums=1)
 def cut(expert_P, rows):
     return moe_gpu.by_blocks(expert_P, E, rows)
+
+
+@pytest.mark.parametrize(("pairs", "experts", "rows"), [(2, 8, 16), (128, 8, 32), (512, 128, 16), (16384, 128, 128)])
+def test_a_block_for_gpus_has_twice_an_experts_rows_within_limits_and_tiles_as_measured(pairs, experts, rows):
+    default = moe_gpu.tiling_for(pairs, experts)
+    with trying({f"routed_down/1/{rows}": (32, 64, 8, 2)}):
+        measured = moe_gpu.tiling_for(pairs, experts)
+    assert default.rows == rows and measured == default._replace(down=Tile(32, 64, 8, 2)) != default
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxinfer.kernels.triton import call, dot, load, power, store
+from jaxinfer.kernels.tuned import tuned
 
 LEAST = 16  # rows, outputs or inputs that Triton multiplies
 WIDE = 64  # what Hopper's matrix units take at least of one side: of the outputs, where rows are fewer
@@ -59,8 +60,10 @@ TILINGS = (
 
 def tiling_for(pairs: int, experts: int) -> Tiling:
     """The first whose blocks have twice the rows that an expert has on average, so that few experts have a second block
-    and their weights are read once; or the last."""
-    return next((tiling for tiling in TILINGS if tiling.rows * experts >= 2 * pairs), TILINGS[-1])
+    and their weights are read once; or the last. Its tiles are those that were measured, where they were."""
+    tiling = next((tiling for tiling in TILINGS if tiling.rows * experts >= 2 * pairs), TILINGS[-1])
+    return tiling._replace(gate_up=tuned(f"routed_gate_up/1/{tiling.rows}", tiling.gate_up),
+                           down=tuned(f"routed_down/1/{tiling.rows}", tiling.down))
 
 
 class Blocks(NamedTuple):
