@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import jaxinfer as ji
-from jaxinfer.kernels import moe, route, routed_ffn, tracing
+from jaxinfer.graphs.decoder import ACTIVATIONS
+from jaxinfer.kernels import moe, moe_gpu, route, routed_ffn, tracing
+from jaxinfer.kernels.moe_gpu import Tile, Tiling
+from jaxinfer.kernels.tuned import trying
 from jaxinfer.testing import SEEDS
 from tests import tiny
 
 E, A, D, F = 5, 2, 16, 24
-WAYS = ["blocks", "chunks", "reference"]
+WAYS = ["blocks", "triton", "chunks", "reference"]
 SHAPES = [1, 40]  # tokens: one, more than a block
 
 
@@ -111,6 +115,75 @@ def interpreted():
     return jax.jit(partial(moe.routed_ffn_grouped, activation=jax.nn.silu, interpret=True))
 
 
+@cache
+def in_tiles(outputs: int):
+    """The kernels for GPUs, in Pallas' interpreter."""
+    tile = Tile(outputs, 16, 4, 1)
+    return jax.jit(partial(moe_gpu.routed_ffn_triton, activation=ACTIVATIONS["gelu_tanh"],
+                           tiling=Tiling(16, tile, tile)))
+
+
+@pytest.mark.parametrize("outputs", [16, 64])  # less and more than Hopper's matrix units want: the two ways to multiply
+@given(seed=SEEDS, data=st.data())
+def test_tiles_that_divide_nothing_hold_what_there_is(outputs, seed, data):
+    T, width, ffn, rng = 40, 72, 68, np.random.default_rng(seed)
+    draw = lambda *shape: (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
+    expert, weight_TA = data.draw(routings(T)), rng.random((T, A)).astype(np.float32)
+    args = draw(T, width), expert, weight_TA, draw(E, 2 * ffn, width), draw(E, width, ffn)
+    expected = moe.routed_ffn_reference(*map(jnp.asarray, args), ACTIVATIONS["gelu_tanh"])
+    np.testing.assert_allclose(in_tiles(outputs)(*args), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [1, 600])  # one, more than a chunk of keys
+@given(data=st.data())
+def test_blocks_have_each_pair_once_by_expert(pairs, data):
+    rows, rng = 16, np.random.default_rng(data.draw(SEEDS))
+    expert_P = rng.choice(data.draw(st.lists(st.integers(0, E), min_size=1)), pairs).astype(np.int32)
+    pair_P, *blocks = map(np.asarray, cut(expert_P, rows))
+    np.testing.assert_array_equal(pair_P, np.argsort(expert_P, kind="stable"))
+    expected = []
+    for e in range(E):
+        (place,) = np.nonzero(expert_P[pair_P] == e)
+        expected += [(e, first, place[-1] + 1) for first in place[::rows]]
+    asked = [block for block in zip(*blocks, strict=True) if block[1] < block[2]]
+    assert asked == expected == list(zip(*blocks, strict=True))[:len(expected)]
+
+
+@partial(jax.jit, static_argnums=1)
+def cut(expert_P, rows):
+    return moe_gpu.by_blocks(expert_P, E, rows)
+
+
+@pytest.mark.parametrize(("pairs", "experts", "rows"), [(2, 8, 16), (128, 8, 32), (512, 128, 16), (16384, 128, 128)])
+def test_a_block_for_gpus_has_twice_an_experts_rows_within_limits_and_tiles_as_measured(pairs, experts, rows):
+    default = moe_gpu.tiling_for(pairs, experts)
+    with trying({f"routed_down/1/{rows}": (32, 64, 8, 2)}):
+        measured = moe_gpu.tiling_for(pairs, experts)
+    assert default.rows == rows and measured == default._replace(down=Tile(32, 64, 8, 2)) != default
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_what_the_kernels_for_gpus_take_becomes_triton(name):
+    """Without a GPU: Mixtral's shape, as far as Pallas compiles it."""
+    T, E, A, D, F = 128, 8, 2, 4096, 14336
+    shape, activation = jax.ShapeDtypeStruct, ACTIVATIONS[name]
+    args = (shape((T, D), "float32"), shape((T, A), "int32"), shape((T, A), "float32"),
+            shape((E, 2 * F, D), "bfloat16"), shape((E, D, F), "bfloat16"))
+    a_gpu = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H200", 132, platform="cuda"))
+    with tracing("gpu") as trace, use_abstract_mesh(a_gpu):
+        step = jax.jit(partial(routed_ffn, activation=activation)).trace(*args).lower(lowering_platforms=("cuda",))
+    kernels = step.as_text().count("__gpu$xla.gpu.triton")
+    assert (trace.chosen["routed_ffn"], kernels) == (("chunks", 0) if name == "gelu" else ("triton", 3))
+
+
+def test_several_gpus_take_what_xla_can_cut():
+    args = (*(jnp.zeros((1, 1)) for _ in range(5)), jax.nn.silu)
+    for devices, way in ((1, "triton"), (2, "chunks")):
+        with tracing("gpu", mesh=AbstractMesh((devices,), ("model",))):
+            assert routed_ffn.choice(takes=lambda how: routed_ffn.takes(how, *args)) == way
+
+
 def test_tokens_are_all_asked_about_when_chunks_do_not_divide_them(monkeypatch):
     monkeypatch.setattr(moe, "CHUNK", 16)
     args = (*numbers(40, 0), *weights("float32"))
@@ -156,7 +229,7 @@ def test_a_block_has_the_rows_that_an_expert_has_on_average_within_limits(tokens
 
 
 def test_each_platform_has_a_way_of_its_own():
-    for platform, way in (("cpu", "blocks"), ("gpu", "chunks"), ("tpu", "grouped")):
+    for platform, way in (("cpu", "blocks"), ("gpu", "triton"), ("tpu", "grouped")):
         with tracing(platform):
             assert routed_ffn.choice() == way
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.kernels.matmul import matmul
-from jaxinfer.kernels.op import Op
+from jaxinfer.kernels.op import Op, devices
 
 CHUNK = 256  # tokens
 TILE = 512  # inputs and outputs of an expert that the TPU multiplies at a time
@@ -52,10 +52,9 @@ def routed_ffn_chunks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activat
     """The reference, a chunk of tokens at a time: `CHUNK` tokens ask about as much arithmetic of a GPU as reading all
     weights asks of its memory, and no more than their answers are ever held.
 
-    That is near the best for decode steps that touch most experts. A prompt costs E / A times the arithmetic that it
-    needs, until a grouped matmul of our own takes its place: the walk over blocks would be hundreds of small kernels
-    one after the other, gathered weights a copy of all experts, and XLA makes of `lax.ragged_dot` what this is, with
-    A times the rows.
+    It is for the calls that "triton" does not take, since XLA's partitioner can cut it. A prompt costs E / A times the
+    arithmetic that it needs: the walk over blocks would be hundreds of small kernels one after the other, gathered
+    weights a copy of all experts, and XLA makes of `lax.ragged_dot` what this is, with A times the rows.
     """
     chunks = (slice(t, t + CHUNK) for t in range(0, len(x_TD), CHUNK))
     return jnp.concatenate([
@@ -124,6 +123,17 @@ def routed_ffn_grouped(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activa
     return jnp.where((expert_TA < E)[..., None], y_TAD * weight_TA[..., None], 0).sum(1)
 
 
+def takes_triton(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activation) -> bool:
+    """On one device, with an activation that Pallas can have in Triton: there is no error function."""
+    return devices() == 1 and "erf" not in str(jax.make_jaxpr(activation)(0.0))
+
+
+def routed_ffn_triton(*args, **options):
+    from jaxinfer.kernels import moe_gpu  # Pallas takes a while to import
+
+    return moe_gpu.routed_ffn_triton(*args, **options)
+
+
 routed_ffn = Op("routed_ffn", reference=routed_ffn_reference,
-                fast={"blocks": (("cpu",), routed_ffn_blocks), "chunks": (("gpu",), routed_ffn_chunks),
-                      "grouped": (("tpu",), routed_ffn_grouped)})
+                fast={"blocks": (("cpu",), routed_ffn_blocks), "triton": (("gpu",), routed_ffn_triton, takes_triton),
+                      "chunks": (("gpu",), routed_ffn_chunks), "grouped": (("tpu",), routed_ffn_grouped)})

@@ -43,12 +43,12 @@ def exp2(x):
                                       result_shape_dtypes=[out])[0]
 
 
-def load(ref, *at, mask):
+def load(ref, *at, mask, **how):
     """What a block of an array holds; zero where the mask is false."""
     if mask is True:
-        return plt.load(ref.at[at])
+        return plt.load(ref.at[at], **how)
     shape = jnp.broadcast_shapes(*(x.shape for x in at if getattr(x, "ndim", 0)))
-    return plt.load(ref.at[at], mask=jnp.broadcast_to(mask, shape), other=0)
+    return plt.load(ref.at[at], mask=jnp.broadcast_to(mask, shape), other=0, **how)
 
 
 def store(ref, value, *at, mask):
