@@ -184,8 +184,9 @@ def _gated_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Cal
                    bias_O: jax.Array | None = None) -> jax.Array:
     """What the matmul gives is rounded to the weight's dtype: what prompts make would otherwise be written and read in
     twice as many bytes, and what becomes of it is rounded for the next matmul anyway."""
-    dot = _w8a8_fp8 if isinstance(w_OI, Quantised) else lambda x, w, out: _dot(x.astype(out), w, out)
-    return _gate(dot(x_TI, w_OI, w_OI.dtype), activation, bias_O)
+    if isinstance(w_OI, Quantised):
+        return _gate(_w8a8_fp8(x_TI, w_OI, w_OI.dtype), activation, bias_O)
+    return _gate(_dot(x_TI.astype(w_OI.dtype), w_OI, w_OI.dtype), activation, bias_O)
 
 
 def _gated_few(x_TI: jax.Array, w_OI: jax.Array, activation: Callable, bias_O: None = None) -> jax.Array:
@@ -199,8 +200,9 @@ def takes_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised, *_: Any) -> bool
 def takes_gated_few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable,
                     bias_O: jax.Array | None = None) -> bool:
     """What `few` takes, and an activation that Pallas has in Triton, where there is no error function."""
-    plain = bias_O is None and not isinstance(w_OI, Quantised) and "erf" not in str(jax.make_jaxpr(activation)(0.0))
-    return plain and w_OI.shape[0] % 128 == 0 and takes_few(x_TI, w_OI)
+    if bias_O is not None or isinstance(w_OI, Quantised) or w_OI.shape[0] % 128:
+        return False
+    return takes_few(x_TI, w_OI) and "erf" not in str(jax.make_jaxpr(activation)(0.0))
 
 
 gated = Op("gated", reference=_gated, fast={

@@ -3,6 +3,7 @@
 A kernel's name there ends in its version, since what was measured for one says nothing of the next. Where nothing was
 measured the kernel's own default is taken. `bench/tune.py` measures, and writes the file.
 
+>>> from typing import NamedTuple
 >>> class Blocks(NamedTuple):
 ...     rows: int
 >>> tuned("nothing/1", Blocks(64))
@@ -19,13 +20,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from jaxinfer.kernels.op import device_kind
 
 FILE = Path(__file__).with_name("tuned.json")  # kernel/version -> kind of device -> numbers
 TABLE: Mapping[str, Mapping[str, list[int]]] = json.loads(FILE.read_text())
-Blocks = TypeVar("Blocks", bound=NamedTuple)
+Blocks = TypeVar("Blocks", bound=tuple)  # a NamedTuple of integers
 
 _tried: ContextVar[Mapping[str, tuple[int, ...]] | None] = ContextVar("tried", default=None)
 
@@ -43,4 +44,4 @@ def trying(blocks: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
 def tuned(kernel: str, default: Blocks) -> Blocks:
     """The numbers for `kernel` on the kind of device that is traced for, in the shape of `default`."""
     found = (_tried.get() or {}).get(kernel) or TABLE.get(kernel, {}).get(device_kind())
-    return type(default)(*found) if found else default
+    return type(default)._make(found) if found else default  # type: ignore[attr-defined]
