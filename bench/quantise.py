@@ -1,5 +1,6 @@
-"""What do quantised weights cost in quality? Perplexity on a fixed text, and how far the distributions of the next
-token are from those of float32 (Kullback-Leibler divergence, in nats), beside llama.cpp's Q8_0 and Q4_1.
+"""What do quantised weights, and keys and values, cost in quality? Perplexity on a fixed text, and how far the
+distributions of the next token are from those of float32 (Kullback-Leibler divergence, in nats), beside llama.cpp's
+Q8_0 and Q4_1.
 
 The text is this repository's LICENSE, in one context. Every engine reads the same token ids. A platform's own way to
 multiply is forced on the CPU where it is another's, so that its arithmetic is what is measured.
@@ -40,11 +41,12 @@ SLICE = 128  # positions whose logits are made at a time
 
 
 class Way(NamedTuple):
-    """How weights are loaded, and which implementations their matmuls are forced to take."""
+    """How weights are loaded, which implementations their matmuls are forced to take, and what pages hold."""
 
     dtype: str
     quantize: str | None = None
     forced: dict[str, str] = {}
+    kv_cache_dtype: str | None = None
 
 
 WAYS = {
@@ -57,6 +59,11 @@ WAYS = {
     "fp8 (GPU)": Way("bfloat16", "fp8", {"matmul_fp8": "w8a8", "matmul_int8": "reference"}),
     "int4": Way("bfloat16", "int4"),
     "int4, float32 beside it": Way("float32", "int4"),
+    "float32, KV in bfloat16": Way("float32", kv_cache_dtype="bfloat16"),
+    "float32, KV in int8": Way("float32", kv_cache_dtype="int8"),
+    "float32, KV in fp8": Way("float32", kv_cache_dtype="fp8"),
+    "bfloat16, KV in int8": Way("bfloat16", kv_cache_dtype="int8"),
+    "bfloat16, KV in fp8": Way("bfloat16", kv_cache_dtype="fp8"),
 }
 PEERS = {"llama.cpp Q4_1 (the file)": "as it is", "llama.cpp Q8_0": "Q8_0"}
 
@@ -66,7 +73,8 @@ def logits_of(graph: Graph, params: Params, tokens: list[int], way: Way) -> np.n
     T = len(tokens)
     pages = -(-T // planning.PAGE_SIZE)
     groups = tuple(PageGroup(g.name, planning.PAGE_SIZE, pages, g.window) for g in graph.groups)
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), planning.abstract_state(graph, groups, way.dtype))
+    shapes = planning.abstract_state(graph, groups, way.dtype, way.kv_cache_dtype)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     run = Run(np.array(tokens, np.int32), np.array([0, T], np.int32), np.array([T], np.int32), np.zeros(1, np.int32),
               {g.name: np.arange(pages, dtype=np.int32)[None] for g in groups}, T)
     with kernels.tracing("cpu", way.forced):

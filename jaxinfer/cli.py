@@ -47,6 +47,7 @@ MaxContext = Annotated[int | None, _option("Tokens of prompt and answer that one
 MaxRows = Annotated[int | None, _option("Requests that run at the same time.")]
 Memory = Annotated[str | None, _option("Budget for weights and cache, such as 2GiB.")]
 Quantize = Annotated[str | None, _option("Hold matrices in fewer bits: int8, w8a8, int4 or fp8.")]
+KvCacheDtype = Annotated[str | None, _option("Of keys and values: float32, bfloat16, int8 or fp8.")]
 Device = Annotated[str | None, _option("cpu, gpu or tpu.")]
 
 
@@ -65,6 +66,7 @@ def run(
     stop: Stop = None,
     dtype: DType = None,
     quantize: Quantize = None,
+    kv_cache_dtype: KvCacheDtype = None,
     max_context: MaxContext = None,
     max_rows: MaxRows = None,
     memory: Memory = None,
@@ -74,8 +76,8 @@ def run(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     drawing = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                      seed=seed, stop=stop)
-    options = _given(dtype=dtype, quantize=quantize, max_context=max_context, max_rows=max_rows, memory=memory,
-                     device=device)
+    options = _given(dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context,
+                     max_rows=max_rows, memory=memory, device=device)
     with _loaded(model, options) as lm:
         if chat:
             pieces = lm.chat([{"role": "user", "content": prompt}], stream=True, **drawing)
@@ -98,6 +100,7 @@ def chat(
     stop: Stop = None,
     dtype: DType = None,
     quantize: Quantize = None,
+    kv_cache_dtype: KvCacheDtype = None,
     max_context: MaxContext = None,
     max_rows: MaxRows = None,
     memory: Memory = None,
@@ -106,8 +109,8 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, /exit or Ctrl-D leaves."""
     drawing = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                      seed=seed, stop=stop)
-    options = _given(dtype=dtype, quantize=quantize, max_context=max_context, max_rows=max_rows, memory=memory,
-                     device=device)
+    options = _given(dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context,
+                     max_rows=max_rows, memory=memory, device=device)
     with _loaded(model, options) as lm:
         messages: list[dict[str, str]] = []
         for question in _questions():

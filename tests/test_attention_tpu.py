@@ -65,7 +65,7 @@ def test_the_ragged_kernel_equals_the_reference(name, views, monkeypatch, capfd)
     monkeypatch.setattr(attention_tpu, "BLOCK_TOKENS", 16)  # than a KV head has query heads
     run, heads, dtype, options = CASES[name]
     numbers = Numbers.of(run, heads, dtype, H)
-    q, k, v, pages = numbers.padded(run.shape, np.nan, dtype)
+    q, k, v, pages = numbers.padded(run.shape, np.nan)
     options = {"group": GROUP, "scale": SCALE, **options}
     expected, _ = attend(q, k, v, pages, device(run), how="reference", **options)
     interpreted = pltpu.InterpretParams(detect_races=True)
@@ -90,7 +90,7 @@ def interleaved(pages) -> Interleaved:
 
 def test_every_implementation_reads_and_writes_the_interleaved_layout():
     run, heads, dtype, _ = CASES["decode beside padded rows, capped"]
-    q, k, v, pages = Numbers.of(run, heads, dtype, H).padded(run.shape, np.nan, dtype)
+    q, k, v, pages = Numbers.of(run, heads, dtype, H).padded(run.shape, np.nan)
     for how in ("visits", "reference"):
         step = jax.jit(lambda pages, how=how: attend(q, k, v, pages, device(run), group=GROUP, scale=SCALE, how=how))
         (expected, plain), (found, other) = step(pages), step(interleaved(pages))

@@ -168,6 +168,16 @@ def test_the_tokens_are_those_of_one_device(tiny_path, alone, mesh):
 
 
 @eight
+def test_so_are_they_over_pages_in_int8(tiny_path):
+    small = partial(load, tiny_path, kv_cache_dtype="int8")
+    with small() as one, small(mesh={"model": 2}) as lm:
+        assert answers(lm) == answers(one)
+        (page,) = {(x.shape[1], shard.data.shape[1]) for x in jax.tree.leaves(lm._engine.state)
+                   for shard in x.addressable_shards}
+        assert page == (2, 1), "a device has the numbers or the scales of a head that is not its own"
+
+
+@eight
 def test_so_are_they_where_each_step_has_its_own_bucket(tiny_path, alone):
     with load(tiny_path, mesh={"model": 2}, batch_invariant=False) as lm:
         assert lm(PROMPTS[0], **HOW).tokens == alone[0][0][0]

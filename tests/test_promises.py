@@ -39,10 +39,14 @@ def lm(tiny_path):
         yield lm
 
 
-@pytest.fixture(scope="module", params=["plain-bfloat16", "windowed-float32"])
+MODELS = {"plain-bfloat16": dict(dtype="bfloat16"), "windowed-float32": dict(dtype="float32"),
+          "plain-int8": dict(dtype="bfloat16", kv_cache_dtype="int8")}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def any_lm(request, tiny_path, windowed_path):
-    kind, dtype = request.param.split("-")
-    with ji.load(windowed_path if kind == "windowed" else tiny_path, dtype=dtype, **LOAD) as lm:
+    path = windowed_path if request.param.startswith("windowed") else tiny_path
+    with ji.load(path, **MODELS[request.param], **LOAD) as lm:
         yield lm
 
 
@@ -181,7 +185,8 @@ def test_an_answer_to_a_schema_is_valid_beside_others(lm, data):
 
 
 def test_no_bit_depends_on_the_process(any_lm, alone, request, tiny_path, windowed_path):
-    kind, dtype = request.node.callspec.params["any_lm"].split("-")
+    kind = request.node.callspec.params["any_lm"]
+    path, options = windowed_path if kind.startswith("windowed") else tiny_path, MODELS[kind] | LOAD
     script = f"""
 import json, sys, jax
 jax.config.update("jax_compilation_cache_dir", {jax.config.jax_compilation_cache_dir!r})
@@ -189,7 +194,7 @@ import jaxinfer as ji
 prompts = json.load(sys.stdin)
 how = [ji.Sampling(max_tokens=12, ignore_eos=True, temperature=i % 2 * 0.9, seed=i, logprobs=2)
        for i in range(len(prompts))]
-with ji.load({str(windowed_path if kind == "windowed" else tiny_path)!r}, dtype={dtype!r}, **{LOAD!r}) as lm:
+with ji.load({str(path)!r}, **{options!r}) as lm:
     outputs = lm.generate(prompts, how)
 print(json.dumps([[o.tokens, [(t.token, t.logprob.hex(), t.rank) for t in o.logprobs]] for o in outputs]))
 """

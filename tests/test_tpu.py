@@ -48,12 +48,13 @@ def v5e(libtpu):
     return chip("v5e:1x1")
 
 
-def programs(config: dict, device: jax.Device, quantize: str | None = None) -> Executables:
+def programs(config: dict, device: jax.Device, quantize: str | None = None,
+             kv_cache_dtype: str | None = None) -> Executables:
     graph, dtype = architecture(config, max_context=1024).graph(), jnp.dtype(jnp.bfloat16)
     size = dict(dtype=dtype, max_context=1024, max_rows=8, chunk=512, budget=16 << 30, why="HBM")
     with kernels.tracing("tpu"):
-        groups = planning.page_groups(graph, quantize=quantize, **size)
-        state = planning.abstract_state(graph, groups, dtype)
+        groups = planning.page_groups(graph, quantize=quantize, kv_cache_dtype=kv_cache_dtype, **size)
+        state = planning.abstract_state(graph, groups, dtype, kv_cache_dtype)
     return Executables(
         graph, default_ladder(8, 1024, chunks=1), params=planning.abstract_params(graph, dtype, quantize), max_rows=8,
         max_context=1024, device=device, state=state, table_width={g.name: 16 for g in groups},
@@ -120,6 +121,16 @@ def test_a_quantised_decoder_compiles_for_a_v5e(v5e, scheme):
     weights = planning.nbytes(executables.graph.spec, jnp.bfloat16, scheme)
     assert program.memory_analysis().argument_size_in_bytes > weights
     assert chosen["matmul_int8"] == ("w8a8" if scheme == "w8a8" else "w8a16") and "matmul" not in chosen
+    executables.close()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_a_decoder_over_pages_in_eight_bits_compiles_for_a_v5e(v5e, kv_cache_dtype):
+    executables = programs({**tiny.PLAIN, **WIDE}, v5e, kv_cache_dtype=kv_cache_dtype)
+    program, chosen = compiled(executables, v5e, Key("forward", decode(8)))
+    memory, state = program.memory_analysis(), planning.held(executables.state)
+    assert chosen["attend"] == "visits", "JAX's kernel is for other pages"
+    assert memory.alias_size_in_bytes >= state and memory.temp_size_in_bytes < state / 2, "pages are copied"
     executables.close()
 
 

@@ -29,6 +29,7 @@ from jaxinfer.frontend.tokenizer import from_directory
 from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Encoder, Graph
 from jaxinfer.kernels.quantised import FORCED, SCHEMES
+from jaxinfer.kernels.quantised_pages import FORMATS
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.devices import find_device, find_meshes
@@ -40,6 +41,7 @@ from jaxinfer.runtime.shards import Shard
 from jaxinfer.scheduler import Scheduler
 
 DTYPES = ("float32", "bfloat16")
+KV_CACHE_DTYPES = (*DTYPES, *FORMATS)
 MAX_CONTEXT, MAX_ROWS = 4096, 32
 MAX_WAITING, MAX_WAITING_TOKENS = 1024, 2**20
 INVARIANT = {"attend": "by_page"}  # implementations whose arithmetic for a token depends on nothing but the token
@@ -51,8 +53,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
          memory: int | str | None = None, device: str | jax.Device | None = None, quantize: str | None = None,
-         known: Mapping[str, Any] | None = None, mesh: Mapping[str, int] | None = None,
-         kernels: Mapping[str, str] | None = None) -> Any:
+         kv_cache_dtype: str | None = None, known: Mapping[str, Any] | None = None,
+         mesh: Mapping[str, int] | None = None, kernels: Mapping[str, str] | None = None) -> Any:
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
     embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
 
@@ -61,6 +63,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     made of the config: the Config of `jaxinfer.graphs.decoder` or `.gpt2`, or config.json's dict if it does not
     know the architecture.
     `dtype`: "float32" or "bfloat16" for weights and KV pages; by default float32 if the checkpoint is, else bfloat16.
+    `kv_cache_dtype`: another one for KV pages, or half of bfloat16's bytes, with a scale for each head of each token:
+    "int8", or "fp8" (e4m3, less exact; an NVIDIA GPU must be an Ada, a Hopper or newer).
     `max_context`: the longest prompt and answer, in tokens; by default the model's own limit, at most 4,096.
     `max_rows`: sequences that run at once. `max_waiting`, `max_waiting_tokens`: requests, and tokens of their prompts,
     that may wait; what comes on top is `Rejected`.
@@ -99,6 +103,9 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             raise InvalidOption(f"{name} is {value!r}; it must be an integer >= 1")
     if dtype is not None and str(dtype) not in DTYPES:
         raise InvalidOption(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if kv_cache_dtype is not None and not (isinstance(kv_cache_dtype, str) and kv_cache_dtype in KV_CACHE_DTYPES):
+        raise InvalidOption(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}, or "
+                            "None for the model's dtype")
     if quantize is not None and (not isinstance(quantize, str) or quantize not in SCHEMES):
         raise InvalidOption(f"quantize is {quantize!r}; it must be one of {', '.join(SCHEMES)}, or None")
     if max_context is not None and (type(max_context) is not int or max_context < 2):
@@ -108,7 +115,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     meshes, path = find_meshes(mesh, device), resolve(source)
     forced = {**FORCED.get(quantize, {}), **_forced(kernels, batch_invariant, find_device(device).platform)}
     if path.suffix == ".onnx":
-        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, mesh, kernels, "an ONNX file")
+        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
+                           "an ONNX file")
         if any(given is not None for given in (graph, dtype, max_context, quantize)):
             raise InvalidOption("graph, dtype, max_context and quantize are not for an ONNX file, which says these "
                                 "itself")
@@ -119,7 +127,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     checkpoint = open_checkpoint(path)
     config, model = _model(checkpoint, graph, max_context)
     if isinstance(model, Encoder):
-        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, "an encoder")
+        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
+                           "an encoder")
         return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
                             quantize=quantize, max_waiting=max_waiting, device=find_device(device))
     if max_context is not None and max_context > model.max_context:
@@ -135,12 +144,13 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
         chunk, several = ladder.chunk, not places[0].is_local
         groups = planning.page_groups(
-            model, dtype=number, quantize=quantize, max_context=context, max_rows=max_rows, chunk=chunk,
-            budget=budget if budget is not None else int(SHARE * planning.free(places)), place=places[0],
+            model, dtype=number, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=context,
+            max_rows=max_rows, chunk=chunk, place=places[0],
+            budget=budget if budget is not None else int(SHARE * planning.free(places)),
             why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
             most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
         )
-        state = planning.abstract_state(model, groups, number)
+        state = planning.abstract_state(model, groups, number, kv_cache_dtype)
     shapes: dict[str, Any] = dict(
         params=planning.abstract_params(model, number, quantize), state=state, max_rows=max_rows, max_context=context,
         forced=forced, table_width={group.name: -(-context // group.page_size) for group in groups})
@@ -190,11 +200,11 @@ def _forced(kernels: Mapping[str, str] | None, batch_invariant: bool, platform: 
 
 
 def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, mesh: Any,
-                       kernels: Any, what: str) -> None:
+                       kernels: Any, kv_cache_dtype: Any, what: str) -> None:
     wrong = [name for name, given in (
         ("max_rows", max_rows != MAX_ROWS), ("max_waiting_tokens", max_waiting_tokens != MAX_WAITING_TOKENS),
         ("batch_invariant", batch_invariant), ("memory", memory is not None), ("mesh", mesh is not None),
-        ("kernels", kernels)) if given]
+        ("kernels", kernels), ("kv_cache_dtype", kv_cache_dtype is not None)) if given]
     if wrong:
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
 

@@ -95,8 +95,8 @@ def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
 
 
 def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, budget: int,
-                why: str, most: int | None = None, quantize: str | None = None, place: Placement | None = None
-                ) -> tuple[PageGroup, ...]:
+                why: str, most: int | None = None, quantize: str | None = None, kv_cache_dtype: str | None = None,
+                place: Placement | None = None) -> tuple[PageGroup, ...]:
     """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights,
     or what `most` bytes hold (but one full context at least). All bytes are those of each device of `place`.
 
@@ -105,8 +105,7 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
     """
     weights, scratch = nbytes(graph.spec, dtype, quantize, place), temporaries(graph, chunk, max_rows)
     shards, one = place.shards("heads") if place else 1, {}
-    page_bytes = {g.name: g.layers * sum(x.size * x.dtype.itemsize for x in _pages(g, 1, dtype)) // shards
-                  for g in graph.groups}
+    page_bytes = {g.name: g.layers * held(_pages(g, 1, dtype, kv_cache_dtype)) // shards for g in graph.groups}
     for group in graph.groups:
         full = PageGroup(group.name, PAGE_SIZE, 0, group.window)
         start = max(0, max_context - chunk)
@@ -123,7 +122,7 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
             f"pages of one context of {max_context} tokens: {mib(weights + scratch + per_row)}, but {why} is "
             f"{mib(budget)}; nothing was loaded. It would fit with "
             f"memory='{(weights + scratch + per_row) / 2**20 + 1:.0f}MiB', a smaller max_context, fewer max_rows, or a "
-            "smaller dtype or quantize."
+            "smaller dtype, quantize or kv_cache_dtype."
         )
     return tuple(PageGroup(g.name, PAGE_SIZE, int(rows * one[g.name]), g.window) for g in graph.groups)
 
@@ -143,11 +142,14 @@ def _abstract(spec: Any, dtype: Any, quantize: str | None = None) -> Any:
     return jax.tree.map(weight, spec, is_leaf=lambda x: isinstance(x, Leaf))
 
 
-def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any) -> State:
+def abstract_state(graph: Graph, groups: tuple[PageGroup, ...], dtype: Any, kv_cache_dtype: str | None = None
+                   ) -> State:
     """The shapes of the device's pages, in the layout of what attends where this is `tracing`."""
-    return {g.name: [_pages(g, p.pages, dtype)] * g.layers for g, p in zip(graph.groups, groups, strict=True)}
+    return {g.name: [_pages(g, p.pages, dtype, kv_cache_dtype)] * g.layers
+            for g, p in zip(graph.groups, groups, strict=True)}
 
 
-def _pages(group: StateGroup, pages: int, dtype: Any) -> Any:
+def _pages(group: StateGroup, pages: int, dtype: Any, kv_cache_dtype: str | None) -> Any:
     """The shapes of so many pages of one layer."""
-    return jax.eval_shape(lambda: init_pages(pages, PAGE_SIZE, group.kv_heads, group.head_width, dtype))
+    return jax.eval_shape(
+        lambda: init_pages(pages, PAGE_SIZE, group.kv_heads, group.head_width, dtype, kv_cache_dtype))

@@ -36,7 +36,7 @@ def attend_cases(draw, shape: RunShape = DECODE, heads: tuple[int, int] = (4, 2)
     ragged = draw(ragged_runs(shape, window))
     q_size, v_size = (draw(st.sampled_from(SIZES[name]), label=f"{name} size") for name in "qv")
     numbers, scale = Numbers.of(ragged, heads, dtype, width, q_size, v_size, kv_cache_dtype), 0.4
-    make = lambda ragged, numbers, i: (*numbers.padded(shape, POISON[i], dtype), ragged.run(JUNK[i]))
+    make = lambda ragged, numbers, i: (*numbers.padded(shape, POISON[i]), ragged.run(JUNK[i]))
     real, r = slice(0, ragged.ends[-1]), draw(st.integers(0, len(ragged.lens) - 1), label="the row alone")
     mine = ragged.mine(r)
     sink_N = np.random.default_rng(ragged.seed).normal(size=heads[0]) * draw(st.sampled_from((3.0, 40.0)))

@@ -6,7 +6,9 @@ Axes: T tokens, R rows, P pages per row, S slots of a page, N query heads, K KV 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -112,14 +114,15 @@ def ragged_runs(draw, shape: RunShape, window: int | None = None) -> RaggedRun:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Random operands of a run, rounded to what its pages hold: q, k and v of its real tokens, and what its rows have
-    read before, in pages [pages, K, S, H] with NaN in every slot that nobody has written. `kv_cache_dtype` is the
-    pages' if it is not q's."""
+    """Random operands of a run, rounded to `dtype`: q, k and v of its real tokens, and what its rows have read before,
+    in pages [pages, K, S, H] with NaN in every slot that nobody has written. The op's pages hold them in
+    `kv_cache_dtype` ("int8", "fp8") if there is one."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     pages: tuple[np.ndarray, ...]
+    dtype: str
     kv_cache_dtype: str | None = None
 
     @classmethod
@@ -129,46 +132,44 @@ class Numbers:
         and keys' is 2."""
         rng, shape, (N, K), T = np.random.default_rng(ragged.seed), ragged.shape, heads, ragged.ends[-1]
         draw = lambda size, *of: np.asarray(jnp.asarray(rng.normal(size=of) * size, dtype), np.float32)
-        pair = lambda *of: _held(draw(2.0, *of), draw(v_size, *of), dtype, kv_cache_dtype)
         written = np.zeros((shape.pages, shape.S), bool)
         for cached, first, table in zip(ragged.cached, ragged.first, ragged.tables, strict=True):
             for at in range(first * shape.S, cached):
                 written[table[at // shape.S], at % shape.S] = True
-        q, (k, v) = draw(q_size, T, N, width), pair(shape.tokens, K, width)
-        pages = (np.where(written[:, None, :, None], page, np.nan) for page in pair(shape.pages, K, shape.S, width))
-        return cls(q, k[:T], v[:T], tuple(pages), kv_cache_dtype)
+        pages = (np.where(written[:, None, :, None], draw(size, shape.pages, K, shape.S, width), np.nan)
+                 for size in (2.0, v_size))
+        return cls(draw(q_size, T, N, width), draw(2.0, T, K, width), draw(v_size, T, K, width), tuple(pages), dtype,
+                   kv_cache_dtype)
 
     def part(self, mine: slice) -> Numbers:
         """Of some tokens alone, beside the same pages."""
         return replace(self, q=self.q[mine], k=self.k[mine], v=self.v[mine])
 
-    def padded(self, shape: RunShape, poison: float, dtype: str) -> tuple:
+    def padded(self, shape: RunShape, poison: float) -> tuple:
         """q, k, v and pages for the op, with `poison` in padded tokens and in unwritten slots."""
         pad = lambda x: np.concatenate([x, np.full((shape.tokens - len(x), *x.shape[1:]), poison, np.float32)])
-        pages = _pages(*(np.where(np.isnan(page), poison, page) for page in self.pages), dtype, self.kv_cache_dtype)
+        pages = self._paged(np.where(np.isnan(page), poison, page) for page in self.pages)
         return (*(jnp.asarray(pad(x)) for x in (self.q, self.k, self.v)), pages)
 
     def written(self, ragged: RaggedRun) -> list[np.ndarray]:
-        """The pages after the run, keys and values."""
+        """The pages after the run, keys and values as they are read."""
         pages = [page.copy() for page in self.pages]
         for t, (table, at) in enumerate(ragged.tokens):
             for page, new in zip(pages, (self.k, self.v), strict=True):
                 page[table[at // ragged.shape.S], :, at % ragged.shape.S] = new[t]
-        return pages
+        return [np.asarray(x, np.float32) for x in _read(self._paged(pages))]
+
+    def _paged(self, k_v: Iterable[np.ndarray]) -> Any:
+        return _pages(*k_v, self.dtype, self.kv_cache_dtype)
 
 
-# Compiled, or hypothesis would wait for dispatch; their shapes are few.
-_rounded, _read = jax.jit(QuantisedPages.rounded, static_argnums=(2, 3)), jax.jit(QuantisedPages.read)
-
-
-def _pages(k: np.ndarray, v: np.ndarray, dtype: str, kv_cache_dtype: str | None) -> Any:
+@partial(jax.jit, static_argnums=(2, 3))
+def _pages(k: jax.Array, v: jax.Array, dtype: str, kv_cache_dtype: str | None) -> Any:
     if kv_cache_dtype is None:
-        return Pages(jnp.asarray(k, dtype), jnp.asarray(v, dtype))
-    return _rounded(k.astype(np.float32), v.astype(np.float32), FORMATS[kv_cache_dtype], dtype)
+        return Pages(k.astype(dtype), v.astype(dtype))
+    return QuantisedPages.rounded(k, v, FORMATS[kv_cache_dtype], dtype)
 
 
-def _held(k: np.ndarray, v: np.ndarray, dtype: str, kv_cache_dtype: str | None) -> Any:
-    """Keys and values as pages hold them."""
-    if kv_cache_dtype is None:
-        return k, v
-    return map(np.asarray, _read(_pages(k, v, dtype, kv_cache_dtype), np.arange(len(k))))
+@jax.jit
+def _read(pages: Any) -> tuple[jax.Array, jax.Array]:
+    return pages.read(jnp.arange(pages.shape[0]))
