@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.graph import Pages
-from jaxinfer.kernels import Op, attend, copy, layer_norm, matmul_dense, rms_norm, rope, tracing, write
+from jaxinfer.kernels import OPS, Op, attend, copy, layer_norm, matmul_dense, rms_norm, rope, tracing, write
 from jaxinfer.kernels.attention import chunks
 from jaxinfer.kernels.attention_gpu import attend_triton
 from jaxinfer.testing import (
@@ -235,6 +235,19 @@ def test_rope_turns_pairs_as_complex_numbers(seed, width):
     both = np.concatenate([angle, angle], -1)
     f = lambda a: jnp.asarray(a, jnp.float32)
     np.testing.assert_allclose(rope(f(x), f(np.cos(both)), f(np.sin(both))), expected, atol=1e-5)
+
+
+def test_whatever_a_model_is_made_of_can_be_replaced_by_name():
+    assert set(OPS) >= {"attend", "rms_norm", "layer_norm", "rope", "gated", "matmul", "matmul_int8", "matmul_int4",
+                        "matmul_fp8", "routed_ffn", "truncate", "logprobs"}
+    half = lambda x, weight, eps, offset=0.0: x / 2
+    rms_norm.add("half", ("cpu",), half)
+    try:
+        with tracing("cpu", {"rms_norm": "half"}) as traced:
+            assert rms_norm(jnp.ones((1, 2)), jnp.ones(2), 0.0).tolist() == [[0.5, 0.5]]
+        assert traced.chosen == {"rms_norm": "half"}
+    finally:
+        del rms_norm.fast["half"]
 
 
 def test_an_op_refuses_an_implementation_it_does_not_have():

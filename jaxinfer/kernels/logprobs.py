@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.kernels.op import LOGITS, whole
+from jaxinfer.kernels.op import LOGITS, Op, whole
 from jaxinfer.request import MOST_LOGPROBS
 
 TOP = MOST_LOGPROBS  # as many as the OpenAI API gives
@@ -52,9 +52,12 @@ def _logprobs(logits_V: jax.Array, token: jax.Array) -> Logprobs:
     return Logprobs(chosen - peak - scale, before_V.sum(dtype=jnp.int32) + 1, tokens_K, top_K - peak - scale)
 
 
-def logprobs(logits_RV: jax.Array, tokens_R: jax.Array) -> Logprobs:
+def logprobs_reference(logits_RV: jax.Array, tokens_R: jax.Array) -> Logprobs:
     """The log-softmax of each row's float32 logits, at its token and at the likeliest ones."""
     return jax.vmap(_logprobs)(whole(logits_RV, LOGITS).astype(jnp.float32), tokens_R)
+
+
+logprobs = Op("logprobs", reference=logprobs_reference)
 
 
 def prompt_logprobs(logits_of: Callable[[jax.Array], jax.Array], x_TD: jax.Array, targets_T: jax.Array,

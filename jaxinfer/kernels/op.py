@@ -96,7 +96,7 @@ def whole(x: jax.Array, axes: Axes) -> jax.Array:
 OPS: WeakValueDictionary[str, Op] = WeakValueDictionary()  # by name, for whoever forces an implementation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """`reference` says what is computed; each of `fast` computes the same on the platforms named.
 

@@ -1,0 +1,47 @@
+"""Measured block sizes are taken on the kind of device that they were measured on, by the version that they are of."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxinfer.kernels
+from jaxinfer.kernels import gated, tracing
+from jaxinfer.kernels.attention_gpu import Decode, Prefill
+from jaxinfer.kernels.matmul_gpu import Blocks
+from jaxinfer.kernels.tuned import TABLE, trying, tuned
+
+SHAPES = {"decode": Decode, "prefill": Prefill, "few": Blocks, "few_gated": Blocks}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_was_measured_is_of_a_kernel_as_it_is_now(name):
+    asked = "".join(path.read_text() for path in Path(jaxinfer.kernels.__file__).parent.glob("*_gpu.py"))
+    kernel, version, _ = name.split("/")
+    assert re.search(rf'f"{kernel}/{version}/{{', asked), f"no kernel asks for {kernel}/{version}: measure it again"
+    for numbers in TABLE[name].values():
+        assert len(numbers) == len(SHAPES[kernel]._fields) and all(type(n) is int for n in numbers)
+
+
+def test_a_kind_of_device_has_its_own_numbers_and_every_other_the_default():
+    name, (kind, numbers) = next((name, *kinds.items()) for name, kinds in TABLE.items() if name.startswith("decode"))
+    with tracing("gpu", kind=kind):
+        assert tuned(name, Decode()) == Decode(*numbers)
+        with trying({name: (8, 1, 1)}):
+            assert tuned(name, Decode()) == Decode(8, 1, 1)
+    for other in (f"{kind} Super", "cpu"):
+        with tracing("gpu", kind=other):
+            assert tuned(name, Decode()) == Decode()
+
+
+def test_a_kernel_runs_with_the_numbers_it_is_given():
+    x_TI, w_OI = (jax.random.normal(jax.random.key(i), (n, 256), jnp.bfloat16) for i, n in enumerate((3, 128)))
+    expected = gated(x_TI, w_OI, jax.nn.silu, how="few")
+    with trying({"few_gated/1/16": (32, 64, 4, 3, 96)}):
+        grids = [eqn.params["grid_mapping"].grid for eqn in jax.make_jaxpr(
+            lambda x, w: gated(x, w, jax.nn.silu, how="few"))(x_TI, w_OI).eqns if "grid_mapping" in eqn.params]
+        assert grids == [(2, 1)], "blocks of 32 outputs"
+        found = gated(x_TI, w_OI, jax.nn.silu, how="few")
+    assert jnp.allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.1)
