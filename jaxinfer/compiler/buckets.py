@@ -98,12 +98,12 @@ def default_ladder(max_rows: int, max_context: int, chunks: int | None = 0) -> L
 
 
 def _mixing_ladder(max_rows: int, max_context: int) -> Ladder:
-    """The ladder of a GPU, which waits for weights until about a hundred tokens are there: one row takes as long as
-    eight, sixteen hardly less than 32, and a prompt of 128 tokens no longer than one of a few. Steps of up to 2,048
-    tokens hold whatever comes. The fewest rows come again for several steps in a call: they wait for the host most."""
+    """The ladder of a GPU, which waits for weights until some sixty tokens are there: one row takes as long as eight,
+    sixteen hardly less than 32, and a prompt of 64 tokens no longer than one of a few. Steps of up to 2,048 tokens
+    hold whatever comes. The fewest rows come again for several steps in a call: they wait for the host most."""
     chunk = min(2048, max_context)
     rows = [n for n in powers(max_rows, least=min(8, max_rows)) if n != 16 or n == max_rows]
-    sizes = powers(max(chunk, max_rows), least=min(128, chunk))[len(rows) - MOST_BUCKETS:]
+    sizes = powers(max(chunk, max_rows), least=min(64, chunk))[len(rows) - MOST_BUCKETS:]
     left = (MOST_BUCKETS - len(rows) - len(sizes)) // 2  # each greedy, and not
     again = rows if left >= len(rows) else rows[::2][:left]
     return Ladder((*(Bucket(n, min(max_rows, n), n) for n in sizes), *map(decode, rows),
