@@ -20,12 +20,7 @@ from jax.experimental import pallas as pl
 from jaxinfer.graph import Run
 from jaxinfer.kernels.attention import NEVER, TILE, soft_cap
 from jaxinfer.kernels.quantised_pages import format_of, numbers, rounded
-from jaxinfer.kernels.triton import call as _call
-from jaxinfer.kernels.triton import dot as _dot
-from jaxinfer.kernels.triton import exp2
-from jaxinfer.kernels.triton import load as _load
-from jaxinfer.kernels.triton import power as _power
-from jaxinfer.kernels.triton import store as _store
+from jaxinfer.kernels.triton import call, dot, exp2, load, power, store
 from jaxinfer.kernels.tuned import tuned
 
 LOG2E = math.log2(math.e)
@@ -75,24 +70,24 @@ def _halves(pages):
 def _read(half, page, k, seen_S, dtype):
     """The keys or values of one head in a page: x_SH, and its scales; both are zero where the mask is false."""
     ref, scale_ref = half
-    (S, H), h_1H = ref.shape[2:], jnp.arange(_power(ref.shape[3]))[None]
-    s_S, width = jnp.arange(S), True if _power(H) == H else h_1H < H
-    x_SH = _load(ref, page, k, s_S[:, None], h_1H, mask=width if seen_S is True else width & seen_S[:, None])
+    (S, H), h_1H = ref.shape[2:], jnp.arange(power(ref.shape[3]))[None]
+    s_S, width = jnp.arange(S), True if power(H) == H else h_1H < H
+    x_SH = load(ref, page, k, s_S[:, None], h_1H, mask=width if seen_S is True else width & seen_S[:, None])
     if scale_ref is None:
         return x_SH, None
-    return numbers(x_SH, dtype), _load(scale_ref, page, k, s_S, mask=seen_S).astype(jnp.float32)
+    return numbers(x_SH, dtype), load(scale_ref, page, k, s_S, mask=seen_S).astype(jnp.float32)
 
 
 def _put(half, x_XH, page, k_X1, slot, real_X1):
     """Write keys or values of X heads into a slot. Returns them as they will be read."""
     (ref, scale_ref), h_1H = half, jnp.arange(x_XH.shape[1])[None]
-    store = partial(_store, ref, mask=real_X1 & (h_1H < ref.shape[3]))
+    put = partial(store, ref, mask=real_X1 & (h_1H < ref.shape[3]))
     if scale_ref is None:
-        store(x_XH, page, k_X1, slot, h_1H)
+        put(x_XH, page, k_X1, slot, h_1H)
         return x_XH.astype(jnp.float32)
     bits_XH, scale_X = rounded(x_XH, format_of(ref), scale_ref.dtype)
-    store(bits_XH, page, k_X1, slot, h_1H)
-    _store(scale_ref, scale_X, page, k_X1[:, 0], slot, mask=real_X1[:, 0])
+    put(bits_XH, page, k_X1, slot, h_1H)
+    store(scale_ref, scale_X, page, k_X1[:, 0], slot, mask=real_X1[:, 0])
     return numbers(bits_XH, jnp.float32) * scale_X.astype(jnp.float32)[:, None]
 
 
@@ -108,7 +103,7 @@ def _unit(scale, softcap):
 
 def _scores(q_XH, k, seen_XS, scale, softcap):
     k_SH, scale_S = k
-    scores_XS = _scaled(_dot(q_XH, k_SH, trans_b=True), scale_S)
+    scores_XS = _scaled(dot(q_XH, k_SH, trans_b=True), scale_S)
     scores_XS = soft_cap(scores_XS * scale, softcap) if softcap else scores_XS
     return scores_XS if seen_XS is True else jnp.where(seen_XS, scores_XS, NEVER)
 
@@ -121,7 +116,7 @@ def _add(carry, scores_XS, seen_XS, v, unit):
     weights_XS = exp2(scores_XS * unit - (top_new * unit)[:, None])
     weights_XS = weights_XS if seen_XS is True else jnp.where(seen_XS, weights_XS, 0.0)
     decay_X = exp2((top_X - top_new) * unit)
-    out_XH = out_XH * decay_X[:, None] + _dot(_scaled(weights_XS, scale_S).astype(v_SH.dtype), v_SH)
+    out_XH = out_XH * decay_X[:, None] + dot(_scaled(weights_XS, scale_S).astype(v_SH.dtype), v_SH)
     return top_new, sum_X * decay_X + weights_XS.sum(1), out_XH
 
 
@@ -133,17 +128,17 @@ def _decode(x_TXH, pages, kv_lens_R, table_RP, *, scale, window, softcap):
     (R, P), (_, K, _, H), dtype = table_RP.shape, pages.shape, pages.dtype
     N = x_TXH.shape[1] - 2 * K
     how = tuned(f"decode/2/{H}", Decode())
-    C = min(_power(P), max(1, _power(-(-how.programs // (R * K)))))
+    C = min(power(P), max(1, power(-(-how.programs // (R * K)))))
     out = [jax.ShapeDtypeStruct((C, R, N, H), dtype if C == 1 else jnp.float32),
            jax.ShapeDtypeStruct((C, R, N), jnp.float32),
            *(jax.ShapeDtypeStruct(page.shape, page.dtype) for page in pages)]
     kernel = partial(_decode_kernel, scale=scale, window=window, softcap=softcap)
-    call = _call(kernel, how[:2], grid=(K, R, C), out=out, aliases={3 + i: 2 + i for i in range(len(pages))})
-    out_CRNH, size_CRN, *written = call(kv_lens_R, table_RP, x_TXH, *pages)
+    launch = call(kernel, how[:2], grid=(K, R, C), out=out, aliases={3 + i: 2 + i for i in range(len(pages))})
+    out_CRNH, size_CRN, *written = launch(kv_lens_R, table_RP, x_TXH, *pages)
     if C == 1:
         return out_CRNH[0], type(pages)(*written)
     merged = [jax.ShapeDtypeStruct((R, N, H), dtype)]
-    return _call(_merge_kernel, ONE, grid=(R, N), out=merged)(out_CRNH, size_CRN)[0], type(pages)(*written)
+    return call(_merge_kernel, ONE, grid=(R, N), out=merged)(out_CRNH, size_CRN)[0], type(pages)(*written)
 
 
 def _decode_kernel(kv_len_ref, table_ref, x_ref, *refs, scale, window, softcap):
@@ -152,8 +147,8 @@ def _decode_kernel(kv_len_ref, table_ref, x_ref, *refs, scale, window, softcap):
     out_ref, size_ref, *pages = refs[len(refs) // 2 - 1:]
     (C, _, N, H), (K, S), halves = out_ref.shape, pages[0].shape[1:3], tuple(_halves(pages))
     G = N // K
-    g_G1, s_S = jnp.arange(max(TILE, _power(G)))[:, None], jnp.arange(S)
-    h_1H, n_G1 = jnp.arange(_power(H))[None], k * G + g_G1
+    g_G1, s_S = jnp.arange(max(TILE, power(G)))[:, None], jnp.arange(S)
+    h_1H, n_G1 = jnp.arange(power(H))[None], k * G + g_G1
     heads_G1, width_1H = g_G1 < G, h_1H < H
     here = kv_len_ref[r] - 1  # the new token's position; -1 in a padded row
     first = 0 if window is None else jnp.maximum(here - window + 1, 0) // S
@@ -163,8 +158,8 @@ def _decode_kernel(kv_len_ref, table_ref, x_ref, *refs, scale, window, softcap):
     to_page = jnp.where(here < 0, 0, jnp.minimum(from_page + each, end))
     is_last = (here >= 0) & (c == C - 1)
 
-    q_GH = _load(x_ref, r, n_G1, h_1H, mask=heads_G1 & width_1H)
-    new = [_load(x_ref, r, head + k, h_1H, mask=width_1H & is_last) for head in (N, N + K)]
+    q_GH = load(x_ref, r, n_G1, h_1H, mask=heads_G1 & width_1H)
+    new = [load(x_ref, r, head + k, h_1H, mask=width_1H & is_last) for head in (N, N + K)]
     page, slot = table_ref[r, jnp.maximum(here, 0) // S], jnp.maximum(here, 0) % S
     one = lambda value: jnp.broadcast_to(value, (1, 1))
     k_1H, v_1H = (_put(half, x_1H, page, one(k), slot, one(is_last)) for half, x_1H in zip(halves, new, strict=True))
@@ -182,34 +177,34 @@ def _decode_kernel(kv_len_ref, table_ref, x_ref, *refs, scale, window, softcap):
 
     top_G, sum_G, out_GH = lax.fori_loop(from_page, to_page, read, carry)
     sum_G = jnp.where(sum_G > 0, sum_G, 1.0)
-    _store(out_ref, out_GH / sum_G[:, None], c, r, n_G1, h_1H, mask=heads_G1 & width_1H)
-    _store(size_ref, top_G * unit + jnp.log2(sum_G), c, r, n_G1[:, 0], mask=heads_G1[:, 0])
+    store(out_ref, out_GH / sum_G[:, None], c, r, n_G1, h_1H, mask=heads_G1 & width_1H)
+    store(size_ref, top_G * unit + jnp.log2(sum_G), c, r, n_G1[:, 0], mask=heads_G1[:, 0])
 
 
 def _merge_kernel(out_ref, size_ref, merged_ref):
     """What all splits found for one head of one row."""
     (r, n), (C, *_, H) = (pl.program_id(axis) for axis in range(2)), out_ref.shape
-    c_C, h_H = jnp.arange(C), jnp.arange(_power(H))
-    size_C = _load(size_ref, c_C, r, n, mask=c_C < C)
+    c_C, h_H = jnp.arange(C), jnp.arange(power(H))
+    size_C = load(size_ref, c_C, r, n, mask=c_C < C)
     weight_C = jnp.exp2(size_C - size_C.max())
-    out_CH = _load(out_ref, c_C[:, None], r, n, h_H[None], mask=h_H[None] < H)
-    _store(merged_ref, (out_CH * (weight_C / weight_C.sum())[:, None]).sum(0), r, n, h_H, mask=h_H < H)
+    out_CH = load(out_ref, c_C[:, None], r, n, h_H[None], mask=h_H[None] < H)
+    store(merged_ref, (out_CH * (weight_C / weight_C.sum())[:, None]).sum(0), r, n, h_H, mask=h_H < H)
 
 
 def _write(x_TXH, pages, page_T, slot_T):
     """Each token's key and value at its slot of its page; nowhere for page -1."""
     out = [jax.ShapeDtypeStruct(page.shape, page.dtype) for page in pages]
-    call = _call(_write_kernel, ONE, grid=page_T.shape, out=out, aliases={3 + i: i for i in range(len(pages))})
-    return type(pages)(*call(page_T, slot_T, x_TXH, *pages))
+    launch = call(_write_kernel, ONE, grid=page_T.shape, out=out, aliases={3 + i: i for i in range(len(pages))})
+    return type(pages)(*launch(page_T, slot_T, x_TXH, *pages))
 
 
 def _write_kernel(page_ref, slot_ref, x_ref, *refs):
     t, pages, (X, H) = pl.program_id(0), refs[len(refs) // 2:], x_ref.shape[1:]
     K = pages[0].shape[1]
-    k_K1, h_1H = jnp.arange(_power(K))[:, None], jnp.arange(_power(H))[None]
+    k_K1, h_1H = jnp.arange(power(K))[:, None], jnp.arange(power(H))[None]
     page, slot, real_K1 = page_ref[t], slot_ref[t], k_K1 < K
     for half, head in zip(_halves(pages), (X - 2 * K, X - K), strict=True):
-        x_KH = _load(x_ref, t, head + k_K1, h_1H, mask=real_K1 & (h_1H < H))
+        x_KH = load(x_ref, t, head + k_K1, h_1H, mask=real_K1 & (h_1H < H))
         _put(half, x_KH, jnp.maximum(page, 0), k_K1, slot, real_K1 & (page >= 0))
 
 
@@ -218,7 +213,7 @@ def _prefill(x_TXH, pages, run: Run, table_RP, *, scale, window, softcap):
     blocks of equal size. What belongs to no row is left as it was."""
     (T, X, H), K, R = x_TXH.shape, pages.shape[1], len(run.kv_lens_R)
     N, how = X - 2 * K, tuned(f"prefill/2/{H}", Prefill())
-    tokens = min(max(TILE, how.queries // _power(N // K)), _power(T))
+    tokens = min(max(TILE, how.queries // power(N // K)), power(T))
     lens_R = run.cu_q_lens[1:] - run.cu_q_lens[:-1]
     ends_R = jnp.cumsum(-(-lens_R // tokens))
     b_B = jnp.arange(min(T, -(-T // tokens) + R))[::-1]  # the last blocks of a long row take the longest
@@ -226,8 +221,8 @@ def _prefill(x_TXH, pages, run: Run, table_RP, *, scale, window, softcap):
     nth_B = jnp.where(b_B < ends_R[-1], b_B - ends_R[row_B] - (-lens_R[row_B] // tokens), lens_R[row_B])
     kernel = partial(_prefill_kernel, tokens=tokens, scale=scale, window=window, softcap=softcap)
     out = [jax.ShapeDtypeStruct((T, N, H), pages.dtype)]
-    call = _call(kernel, how[1:], grid=(len(b_B), K), out=out)
-    return call(row_B, nth_B, run.cu_q_lens, run.kv_lens_R, table_RP, x_TXH, *pages)[0]
+    launch = call(kernel, how[1:], grid=(len(b_B), K), out=out)
+    return launch(row_B, nth_B, run.cu_q_lens, run.kv_lens_R, table_RP, x_TXH, *pages)[0]
 
 
 def _prefill_kernel(row_ref, nth_ref, start_ref, kv_len_ref, table_ref, x_ref, *refs, tokens, scale, window, softcap):
@@ -237,14 +232,14 @@ def _prefill_kernel(row_ref, nth_ref, start_ref, kv_len_ref, table_ref, x_ref, *
     (N, H), (K, S), halves = out_ref.shape[1:], pages[0].shape[1:3], tuple(_halves(pages))
     G = N // K
     start, count, kv_len = start_ref[r], start_ref[r + 1] - start_ref[r], kv_len_ref[r]
-    x_X1, s_S, h_1H = jnp.arange(tokens * _power(G))[:, None], jnp.arange(S), jnp.arange(_power(H))[None]
-    nth_X1, g_X1 = first_token + x_X1 // _power(G), x_X1 % _power(G)
+    x_X1, s_S, h_1H = jnp.arange(tokens * power(G))[:, None], jnp.arange(S), jnp.arange(power(H))[None]
+    nth_X1, g_X1 = first_token + x_X1 // power(G), x_X1 % power(G)
     real_XH = (nth_X1 < count) & (g_X1 < G) & (h_1H < H)
     t_X1, n_X1, here_X1 = start + nth_X1, k * G + g_X1, kv_len - count + nth_X1
     earliest, latest = kv_len - count + first_token, kv_len - count + jnp.minimum(first_token + tokens, count) - 1
     first = 0 if window is None else jnp.maximum(earliest - window + 1, 0) // S
     end = jnp.where(first_token < count, latest // S + 1, 0)
-    q_XH = _load(x_ref, t_X1, n_X1, h_1H, mask=real_XH)
+    q_XH = load(x_ref, t_X1, n_X1, h_1H, mask=real_XH)
     whole = first if window is not None else jnp.minimum((earliest + 1) // S, end)  # pages that all queries see all of
 
     def read(p, carry, masked):
@@ -260,4 +255,4 @@ def _prefill_kernel(row_ref, nth_ref, start_ref, kv_len_ref, table_ref, x_ref, *
     carry = (jnp.full(X, NEVER, jnp.float32), jnp.zeros(X, jnp.float32), jnp.zeros(q_XH.shape, jnp.float32))
     carry = lax.fori_loop(first, whole, partial(read, masked=False), carry)
     _, sum_X, out_XH = lax.fori_loop(whole, end, partial(read, masked=True), carry)
-    _store(out_ref, out_XH / jnp.where(sum_X > 0, sum_X, 1.0)[:, None], t_X1, n_X1, h_1H, mask=real_XH)
+    store(out_ref, out_XH / jnp.where(sum_X > 0, sum_X, 1.0)[:, None], t_X1, n_X1, h_1H, mask=real_XH)
