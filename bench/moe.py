@@ -154,7 +154,7 @@ def main() -> None:
         shapes, options.tokens = {"tiny": TINY}, [1, 16]
     ways = routed_ffn.available(jax.default_backend())[:2]
     large, wide = (1 << 22, 128) if options.quick else (1 << 31, 8192)
-    moves, multiplies = bandwidth(large), matmul_rate(DTYPE, wide)
+    moves, multiplies = bandwidth(large, 0.02 if options.quick else 0.5), matmul_rate(DTYPE, wide)
     lines, data = [], {"bandwidth": moves, "matmul": multiplies}
     for name, shape in shapes.items():
         pairs = weights(shape, 1 if options.quick else shape.layers)

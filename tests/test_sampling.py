@@ -73,7 +73,7 @@ def test_each_row_draws_from_exactly_what_its_rules_keep(seed, rules):
 
 @given(seed=SEEDS, rules=batches)
 def test_the_kernel_for_gpus_truncates_as_the_reference_does(seed, rules):
-    """In Pallas' interpreter; ties, minus infinity and a row with no number among them."""
+    """In Pallas' interpreter; ties and minus infinity among them. A NaN spoils its own row alone."""
     rules = rules[:4]
     scaled_RV = np.random.default_rng(seed).choice(np.float32([-np.inf, -3, -1.5, -1e-30, -0.0, 0]), (4, V))
     scaled_RV[:, seed % V], scaled_RV[-1, 0] = 0, np.nan

@@ -11,9 +11,11 @@ import jaxinfer.kernels
 from jaxinfer.kernels import gated, tracing
 from jaxinfer.kernels.attention_gpu import Decode, Prefill
 from jaxinfer.kernels.matmul_gpu import Blocks
+from jaxinfer.kernels.moe_gpu import Tile
 from jaxinfer.kernels.tuned import TABLE, trying, tuned
 
-SHAPES = {"decode": Decode, "prefill": Prefill, "few": Blocks, "few_gated": Blocks}
+SHAPES = {"decode": Decode, "prefill": Prefill, "few": Blocks, "few_gated": Blocks, "routed_gate_up": Tile,
+          "routed_down": Tile}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -23,6 +25,8 @@ def test_what_was_measured_is_of_a_kernel_as_it_is_now(name):
     assert re.search(rf'f"{kernel}/{version}/{{', asked), f"no kernel asks for {kernel}/{version}: measure it again"
     for numbers in TABLE[name].values():
         assert len(numbers) == len(SHAPES[kernel]._fields) and all(type(n) is int for n in numbers)
+        if SHAPES[kernel] is Blocks:
+            assert numbers[0] <= 64 and numbers[1] <= 128, "larger blocks are not whole ones of all that `few` takes"
 
 
 def test_a_kind_of_device_has_its_own_numbers_and_every_other_the_default():

@@ -30,7 +30,7 @@ def seconds(case: Case, platform: str, spread: int, calls: int | None = None) ->
             x, state_N[n] = jax.lax.optimization_barrier(case.call(x, own, state_N[n], shared))
         return x, state_N
 
-    with kernels.tracing(platform) as traced:
+    with kernels.tracing(platform, kind=jax.devices()[0].device_kind) as traced:
         first = jax.tree.map(jnp.asarray, case.make())
         size = sum(x.nbytes for x in jax.tree.leaves((first.own, first.state)))
         sets = [_copies(first, calls) for _ in range(min(MOST_SETS, -(-spread // max(1, size * calls))))]

@@ -33,7 +33,7 @@ def best(once: Callable[[Any], Any], *, least: float = LEAST, rounds: int = ROUN
 
 
 def bandwidth(size: int, least: float = LEAST) -> float:
-    """Bytes a second that a copy of `size` bytes reads and writes, or a sum of them reads: the larger."""
+    """Bytes a second that a copy of `size` bytes reads and writes, or a search for the largest reads: the larger."""
     x = jnp.ones(size // 4 // 2**12 * 2**12, jnp.float32)
     copy, look = jax.jit(lambda x: x + 1, donate_argnums=0), jax.jit(lambda x, _: x.reshape(-1, 2**12).max(1))
     read = x.nbytes / best(lambda last: look(x, last), least=least)

@@ -100,7 +100,8 @@ def default_ladder(max_rows: int, max_context: int, chunks: int | None = 0) -> L
 def _mixing_ladder(max_rows: int, max_context: int) -> Ladder:
     """The ladder of a GPU, which waits for weights until some sixty tokens are there: one row takes as long as eight,
     sixteen hardly less than 32, and a prompt of 64 tokens no longer than one of a few. Steps of up to 2,048 tokens
-    hold whatever comes. The fewest rows come again for several steps in a call: they wait for the host most."""
+    hold whatever comes. Row counts, every other one if not all fit, come again for several steps in a call, the fewest
+    first: they wait for the host most."""
     chunk = min(2048, max_context)
     rows = [n for n in powers(max_rows, least=min(8, max_rows)) if n != 16 or n == max_rows]
     sizes = powers(max(chunk, max_rows), least=min(64, chunk))[len(rows) - MOST_BUCKETS:]

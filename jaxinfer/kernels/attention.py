@@ -223,8 +223,12 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
 
 
 def takes_triton(q_TNH, k_TKH, v_TKH, pages, run, *, sinks_N=None, **_) -> bool:
-    """Calls without sinks, over pages of the usual layout whose slots and heads fill a tile of Triton's."""
-    return isinstance(pages, Pages | QuantisedPages) and sinks_N is None and min(pages.shape[2:]) >= TILE
+    """Calls without sinks, over pages of the usual layout whose slots and heads fill a tile of Triton's; it wants a
+    power of two of the slots."""
+    if not isinstance(pages, Pages | QuantisedPages) or sinks_N is not None:
+        return False
+    slots, width = pages.shape[2:]
+    return min(slots, width) >= TILE and slots & (slots - 1) == 0
 
 
 def attend_triton(*args, **options):

@@ -47,8 +47,9 @@ class Prefill(NamedTuple):
 def attend_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, group, scale, window=None, softcap=None):
     """Where all rows have one token, they write its key and value while they read; else all are written first.
 
-    The result is in the pages' dtype: the matmul after it would round to that anyway. Scales of quantised keys multiply
-    scores, and those of values softmax weights: there are fewer of these than of keys and values.
+    The result is in the pages' dtype, to which the matmul after it rounds anyway where weights are in it too. Scales of
+    quantised keys multiply scores, and those of values softmax weights: there are fewer of these than of keys and
+    values.
     """
     T, R, table_RP, how = len(q_TNH), len(run.kv_lens_R), run.tables[group], dict(scale=scale, softcap=softcap)
     # XLA makes one kernel of this, and of RoPE before it.
@@ -213,7 +214,7 @@ def _prefill(x_TXH, pages, run: Run, table_RP, *, scale, window, softcap):
     blocks of equal size. What belongs to no row is left as it was."""
     (T, X, H), K, R = x_TXH.shape, pages.shape[1], len(run.kv_lens_R)
     N, how = X - 2 * K, tuned(f"prefill/2/{H}", Prefill())
-    tokens = min(max(TILE, how.queries // power(N // K)), power(T))
+    tokens = max(TILE, min(how.queries // power(N // K), power(T)))
     lens_R = run.cu_q_lens[1:] - run.cu_q_lens[:-1]
     ends_R = jnp.cumsum(-(-lens_R // tokens))
     b_B = jnp.arange(min(T, -(-T // tokens) + R))[::-1]  # the last blocks of a long row take the longest

@@ -1,6 +1,6 @@
 """Norms and rotary embedding: with matmuls, the ops between attention and attention.
 
-Axes: T tokens, N heads, H head width, D model width. Everything returns float32: the residual stream stays exact.
+Axes: T tokens, N heads, H head width, D model width. They return float32: the residual stream stays exact.
 """
 
 from __future__ import annotations

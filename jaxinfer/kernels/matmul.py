@@ -3,7 +3,7 @@
 An op's reference says what the weights stand for. `w8a8` rounds the activations too, to eight bits with a scale for
 each token; `w8a16` keeps what that rounding left, in eight bits more. What they compute is exact in its integers, and
 a token's result depends on nothing but the token. `gated` is two matmuls of the same activations, and what a gated
-feed-forward layer does with them.
+feed-forward layer does with them; on GPUs it may be in the weights' dtype.
 
 Axes: T tokens, I inputs, O outputs, G groups of i inputs. Weights are [O, I], the result is float32 [T, O]: the
 residual stream stays exact, and only the operands of a matmul are rounded.
@@ -193,8 +193,9 @@ def _gated_few(x_TI: jax.Array, w_OI: jax.Array, activation: Callable, bias_O: N
     return _few(x_TI, w_OI, activation=activation)
 
 
-def takes_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised, *_: Any) -> bool:
-    return not isinstance(w_OI, Quantised) or w_OI.format == FP8.name
+def takes_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised, *_: Any, **__: Any) -> bool:
+    """Arrays, and fp8 where its matmul is to round activations too."""
+    return not isinstance(w_OI, Quantised) or (w_OI.format == FP8.name and matmul_fp8.choice() == "w8a8")
 
 
 def takes_gated_few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable,

@@ -136,4 +136,5 @@ def routed_ffn_triton(*args, **options):
 
 routed_ffn = Op("routed_ffn", reference=routed_ffn_reference,
                 fast={"blocks": (("cpu",), routed_ffn_blocks), "triton": (("gpu",), routed_ffn_triton, takes_triton),
-                      "chunks": (("gpu",), routed_ffn_chunks), "grouped": (("tpu",), routed_ffn_grouped)})
+                      "grouped": (("tpu",), routed_ffn_grouped, lambda *_: devices() == 1),
+                      "chunks": (("gpu", "tpu"), routed_ffn_chunks)})

@@ -29,16 +29,16 @@ def truncate_triton(scaled_RV: jax.Array, top_k_R: jax.Array, top_p_R: jax.Array
 def _truncate_kernel(scaled_ref, top_k_ref, top_p_ref, least_ref):
     r, V = pl.program_id(0), scaled_ref.shape[1]
     b_B = jnp.arange(min(BLOCK, power(V)))
-    zero_B = jnp.zeros(b_B.shape, jnp.float32)
+    zero_B, whole = jnp.zeros(b_B.shape, jnp.float32), jnp.int32(-(-V // len(b_B)))
 
-    def over_row(each: Callable, sums: tuple) -> list[jax.Array]:
+    def over_row(each: Callable, sums: tuple, blocks: jax.Array = whole) -> list[jax.Array]:
         """Sums over the row of what `each` makes of a block; what is past its end is infinitely low."""
         def block(i, sums):
             at_B = i * len(b_B) + b_B
             x_B = jnp.where(at_B < V, load(scaled_ref, r, at_B, mask=at_B < V), -jnp.inf)
             return tuple(total + new for total, new in zip(sums, each(x_B), strict=True))
 
-        return [total.sum() for total in lax.fori_loop(0, -(-V // len(b_B)), block, sums)]
+        return [total.sum() for total in lax.fori_loop(jnp.int32(0), blocks, block, sums)]
 
     def search(asked, weigh: Callable, most) -> jax.Array:
         """The largest number above which, with it, there is a weight of `most`."""
@@ -57,6 +57,6 @@ def _truncate_kernel(scaled_ref, top_k_ref, top_p_ref, least_ref):
     top_k, top_p = top_k_ref[r], top_p_ref[r]
     of_k = search(top_k > 0, jnp.ones_like, top_k.astype(jnp.float32))
     weigh = lambda x_B: jnp.where(x_B >= of_k, jnp.exp(x_B), 0.0)
-    total, = over_row(lambda x_B: [weigh(x_B)], (zero_B,))
+    total, = over_row(lambda x_B: [weigh(x_B)], (zero_B,), jnp.where(top_p < 1, whole, 0))
     of_p = search(top_p < 1, weigh, top_p * total)
     store(least_ref, jnp.minimum(jnp.maximum(of_k, of_p), 0.0)[None], r + jnp.arange(1), mask=jnp.ones(1, bool))
