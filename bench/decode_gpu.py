@@ -3,8 +3,8 @@
 A Llama-3-8B shape and a 1B shape with random weights in bfloat16, loaded from a checkpoint that is written on the
 spot. A step's floor is the bytes of the weights and of the rows' keys and values over the bandwidth that a copy or
 a search for the largest reaches in the same run. "bare" is the forward Executable alone, called in a row; "engine" is
-what a caller sees: scheduler included, tokens streamed out. transformers (a static cache, compiled) runs beside it where `--peers` has
-torch with CUDA. vLLM's figures are not of this run: they stand in FACTS.md, of an H200.
+what a caller sees: scheduler included, tokens streamed out. transformers (a static cache, compiled) runs beside it
+where `--peers` has torch with CUDA. vLLM's figures are not of this run: they stand in FACTS.md, of an H200.
 """
 
 from __future__ import annotations
