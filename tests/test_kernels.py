@@ -103,6 +103,14 @@ def test_the_kernels_for_gpus_attend_as_the_reference_does(name, data):
     check_op(attend_for_gpus, data.draw(attend_cases(**CASES[name])), reference=attend.reference)
 
 
+@pytest.mark.parametrize(("slots", "width", "taken"), [
+    (64, 128, True), (16, 96, True), (24, 64, False), (8, 64, False)])
+def test_pages_that_triton_cannot_read_are_left_to_others(slots, width, taken):
+    page = jnp.zeros((2, 1, slots, width))
+    x = jnp.zeros((1, 1, width))
+    assert attend.takes("triton", x, x, x, Pages(page, page), None) is taken
+
+
 @cache
 def forced(ways: tuple[tuple[str, str], ...], options: tuple):
     def step(*args, **arrays):

@@ -46,7 +46,7 @@ def test_what_is_gated_on_a_gpu_is_the_references_to_the_weights_rounding(name, 
 
 
 def chosen(tokens: int, w_OI, op: str = "matmul", activation="silu", bias=None, **how) -> str:
-    act = {"matmul": matmul, "gated": lambda x, w: gated(x, w, ACTIVATIONS[activation], bias)}[op]
+    act = {"matmul": matmul, "gated": lambda x, w: gated(x, w, ACTIVATIONS[activation], bias_O=bias)}[op]
     with tracing("gpu", **how) as traced:
         jax.eval_shape(act, jax.ShapeDtypeStruct((tokens, w_OI.shape[1]), jnp.float32), w_OI)
     return traced.chosen[op if op in traced.chosen else f"{op}_{w_OI.format}"]
@@ -59,5 +59,7 @@ def test_it_is_taken_for_few_tokens_and_whole_blocks_on_one_device():
     assert chosen(8, WEIGHTS, mesh=AbstractMesh((2,), ("model",))) == "reference"
     assert [chosen(tokens, WEIGHTS, "gated") for tokens in (8, BATCH + 1)] == ["few", "rounded"]
     assert chosen(8, WEIGHTS, "gated", bias=jnp.zeros(256)) == chosen(8, WEIGHTS, "gated", "gelu") == "rounded"
-    assert chosen(8, blank(FP8, (256, 384), jnp.bfloat16), "gated") == "rounded"
+    fp8 = blank(FP8, (256, 384), jnp.bfloat16)
+    assert chosen(8, fp8, "gated") == "rounded"
+    assert chosen(8, fp8, "gated", forced={"matmul_fp8": "reference"}) == "reference", "which keeps activations"
     assert chosen(8, blank(INT8, (256, 384), jnp.bfloat16), "gated") == "reference"

@@ -177,10 +177,11 @@ def test_what_the_kernels_for_gpus_take_becomes_triton(name):
     assert (trace.chosen["routed_ffn"], kernels) == (("chunks", 0) if name == "gelu" else ("triton", 3))
 
 
-def test_several_gpus_take_what_xla_can_cut():
+@pytest.mark.parametrize(("platform", "own"), [("gpu", "triton"), ("tpu", "grouped")])
+def test_several_devices_take_what_xla_can_cut(platform, own):
     args = (*(jnp.zeros((1, 1)) for _ in range(5)), jax.nn.silu)
-    for devices, way in ((1, "triton"), (2, "chunks")):
-        with tracing("gpu", mesh=AbstractMesh((devices,), ("model",))):
+    for devices, way in ((1, own), (2, "chunks")):
+        with tracing(platform, mesh=AbstractMesh((devices,), ("model",))):
             assert routed_ffn.choice(takes=lambda how: routed_ffn.takes(how, *args)) == way
 
 
