@@ -52,9 +52,9 @@ def routed_ffn_chunks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activat
     """The reference, a chunk of tokens at a time: `CHUNK` tokens ask about as much arithmetic of a GPU as reading all
     weights asks of its memory, and no more than their answers are ever held.
 
-    It is for the calls that "triton" and "grouped" do not take, since XLA's partitioner can cut it. A prompt costs E / A times the
-    arithmetic that it needs: the walk over blocks would be hundreds of small kernels one after the other, gathered
-    weights a copy of all experts, and XLA makes of `lax.ragged_dot` what this is, with A times the rows.
+    It is for the calls that "triton" and "grouped" do not take, since XLA's partitioner can cut it. A prompt costs
+    E / A times the arithmetic that it needs: the walk over blocks would be hundreds of small kernels one after another,
+    gathered weights a copy of all experts, and XLA makes of `lax.ragged_dot` what this is, with A times the rows.
     """
     chunks = (slice(t, t + CHUNK) for t in range(0, len(x_TD), CHUNK))
     return jnp.concatenate([
