@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.support.limits import best
 from bench.support.report import publish, table
 from jaxinfer.graph import Pages, Run
 from jaxinfer.kernels import attend, gated, matmul, tracing
@@ -90,19 +90,6 @@ def kernels() -> Iterator[tuple[str, tuple, list[tuple], list[Call]]]:
         yield f"few_gated/1/{T}" if is_gated else f"few/1/{T}", Blocks(stages=3 if is_gated else 5), candidates, calls
 
 
-def seconds(program: Any, call: Call, rounds: int) -> float:
-    """Of one kernel: the best of three."""
-    def once() -> float:
-        start = time.perf_counter()
-        for _ in range(rounds):
-            out = program(*call.args)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - start) / rounds / call.times
-
-    once()
-    return min(once() for _ in range(3))
-
-
 def compiled(name: str, blocks: tuple, call: Call, platform: str) -> Any:
     """None where the device has not the shared memory for it."""
     with tracing(platform, kind=jax.devices()[0].device_kind), trying({name: blocks}):
@@ -121,7 +108,7 @@ def measured(name: str, tried: list[tuple], calls: list[Call]) -> np.ndarray:
             programs = list(pool.map(lambda blocks, call=call: compiled(name, blocks, call, "gpu"), tried))
         for i, program in enumerate(programs):
             if program:
-                times[i, n] = seconds(program, call, 10)
+                times[i, n] = best(lambda _, run=program, call=call: run(*call.args), rounds=3) / call.times
     return times
 
 
@@ -140,10 +127,10 @@ def main() -> None:
         tried = list(dict.fromkeys([tuple(default), *candidates]))
         times = measured(name, tried, calls)
         scores = (times / times[0]).mean(1)
-        best = int(scores.argmin()) if scores.min() < WORTH else 0
-        found.setdefault(name, {})[kind] = list(tried[best])
-        lines.append([name, str(tried[0]), in_us(times[0]), str(tried[best]), in_us(times[best]),
-                      f"{scores[best]:.3f}"])
+        first = int(scores.argmin()) if scores.min() < WORTH else 0
+        found.setdefault(name, {})[kind] = list(tried[first])
+        lines.append([name, str(tried[0]), in_us(times[0]), str(tried[first]), in_us(times[first]),
+                      f"{scores[first]:.3f}"])
         print(*lines[-1], flush=True)
     if options.write:
         rows = (f" {json.dumps(name)}: {json.dumps(kinds)}" for name, kinds in sorted(found.items()))

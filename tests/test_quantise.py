@@ -27,6 +27,7 @@ from jaxinfer.runtime import memory as planning
 from jaxinfer.testing import SEEDS
 from tests import tiny
 from tests.gguf_files import Blocks, write_gguf
+from tests.likely import HOW, PROMPTS, apart, likeliest
 
 LEAST = 448 * np.finfo(np.float32).tiny  # a row of no larger numbers may become zeros
 FORMATS = {format.name: format for format in (INT8, INT4, FP8)}
@@ -238,14 +239,6 @@ def test_rows_of_a_block_format_are_those_of_the_whole_tensor(tmp_path_factory, 
 
 # Models.
 
-HOW = dict(max_context=256, max_rows=4, batch_invariant=True)
-PROMPTS = ["The sky is blue because", "x", [(3 + 7 * i) % 320 for i in range(100)]]
-
-
-def likeliest(lm) -> list[dict[int, float]]:
-    """The log-probabilities of the twenty likeliest first tokens after each prompt."""
-    outputs = lm.generate(PROMPTS, max_tokens=1, ignore_eos=True, logprobs=20)
-    return [dict(output.logprobs[0].top) for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +256,8 @@ def test_a_quantised_model_is_smaller_and_finds_the_same_likely(tiny_path, float
     with ji.load(tiny_path, quantize=scheme, **HOW) as lm:
         assert planning.held(lm.params) == planning.nbytes(lm.graph.spec, jnp.float32, scheme) < share * nbytes
         for found, expected in zip(likeliest(lm), wanted, strict=True):
-            shared = found.keys() & expected.keys()
-            assert len(shared) > 12 and 0 < np.mean([abs(found[t] - expected[t]) for t in shared]) < near
+            shared, distance = apart(found, expected)
+            assert shared > 12 and 0 < distance < near
         temporaries = max(entry.bytes for entry in lm.ledger)
         assert lm.nbytes == planning.held((lm.params, lm._engine.executables.state)) + temporaries
         chosen = {op: how for entry in lm.ledger for op, how in entry.kernels.items()}

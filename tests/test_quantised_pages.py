@@ -14,11 +14,10 @@ from jaxinfer.kernels.quantised_pages import FORMATS, QuantisedPages, numbers, r
 from jaxinfer.runtime import memory as planning
 from jaxinfer.testing import SEEDS
 from tests import tiny
+from tests.likely import HOW, PROMPTS, apart, likeliest
 from tests.running import all_free, eventually
 
 NEAR = {"int8": (0.51 / 127, 0.0), "fp8": (2.0**-10 / 448, 2.0**-4)}  # shares of a head's largest, and of each number
-HOW = dict(max_context=256, max_rows=4, batch_invariant=True)
-PROMPTS = ["The sky is blue because", "x", [(3 + 7 * i) % 320 for i in range(100)]]
 
 
 @pytest.mark.usefixtures("strict")
@@ -53,12 +52,6 @@ def test_the_same_memory_holds_nearly_twice_the_tokens(kind):
     assert planning.held(state) == graph.groups[0].layers * 2 * small.pages * 64 * 2 * (128 + 2)
 
 
-def likeliest(lm) -> list[dict[int, float]]:
-    """The log-probabilities of the twenty likeliest first tokens after each prompt."""
-    outputs = lm.generate(PROMPTS, max_tokens=1, ignore_eos=True, logprobs=20)
-    return [dict(output.logprobs[0].top) for output in outputs]
-
-
 @pytest.fixture(scope="module")
 def floats(tiny_path):
     with ji.load(tiny_path, **HOW) as lm:
@@ -69,8 +62,8 @@ def floats(tiny_path):
 def test_a_model_finds_nearly_the_same_likely_whatever_its_pages_hold(tiny_path, floats, kind, near):
     with ji.load(tiny_path, kv_cache_dtype=kind, **HOW) as lm:
         for found, expected in zip(likeliest(lm), floats, strict=True):
-            shared = found.keys() & expected.keys()
-            assert len(shared) > 15 and 0 < np.mean([abs(found[t] - expected[t]) for t in shared]) < near
+            shared, distance = apart(found, expected)
+            assert shared > 15 and 0 < distance < near
         layers = lm._engine.state["full"]
         assert {isinstance(pages, QuantisedPages) for pages in layers} == {kind in FORMATS}
 

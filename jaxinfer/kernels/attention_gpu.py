@@ -102,10 +102,13 @@ def _unit(scale, softcap):
     return LOG2E if softcap else scale * LOG2E
 
 
+def _capped(scores, scale, softcap):
+    return soft_cap(scores * scale, softcap) if softcap else scores
+
+
 def _scores(q_XH, k, seen_XS, scale, softcap):
     k_SH, scale_S = k
-    scores_XS = _scaled(dot(q_XH, k_SH, trans_b=True), scale_S)
-    scores_XS = soft_cap(scores_XS * scale, softcap) if softcap else scores_XS
+    scores_XS = _capped(_scaled(dot(q_XH, k_SH, trans_b=True), scale_S), scale, softcap)
     return scores_XS if seen_XS is True else jnp.where(seen_XS, scores_XS, NEVER)
 
 
@@ -164,8 +167,7 @@ def _decode_kernel(kv_len_ref, table_ref, x_ref, *refs, scale, window, softcap):
     page, slot = table_ref[r, jnp.maximum(here, 0) // S], jnp.maximum(here, 0) % S
     one = lambda value: jnp.broadcast_to(value, (1, 1))
     k_1H, v_1H = (_put(half, x_1H, page, one(k), slot, one(is_last)) for half, x_1H in zip(halves, new, strict=True))
-    score_G, unit = (q_GH.astype(jnp.float32) * k_1H).sum(1), _unit(scale, softcap)
-    score_G = soft_cap(score_G * scale, softcap) if softcap else score_G
+    score_G, unit = _capped((q_GH.astype(jnp.float32) * k_1H).sum(1), scale, softcap), _unit(scale, softcap)
     carry = (jnp.where(is_last, score_G, NEVER), jnp.where(is_last, jnp.ones_like(score_G), 0.0),
              jnp.where(is_last, jnp.broadcast_to(v_1H, q_GH.shape), 0.0))
 

@@ -198,12 +198,17 @@ def takes_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised, *_: Any, **__: A
     return not isinstance(w_OI, Quantised) or (w_OI.format == FP8.name and matmul_fp8.choice() == "w8a8")
 
 
+def in_triton(activation: Callable) -> bool:
+    """Whether Pallas has an activation in Triton, where there is no error function."""
+    return "erf" not in str(jax.make_jaxpr(activation)(0.0))
+
+
 def takes_gated_few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable,
                     bias_O: jax.Array | None = None) -> bool:
-    """What `few` takes, and an activation that Pallas has in Triton, where there is no error function."""
+    """What `few` takes, with an activation that Pallas has in Triton."""
     if bias_O is not None or isinstance(w_OI, Quantised) or w_OI.shape[0] % 128:
         return False
-    return takes_few(x_TI, w_OI) and "erf" not in str(jax.make_jaxpr(activation)(0.0))
+    return takes_few(x_TI, w_OI) and in_triton(activation)
 
 
 gated = Op("gated", reference=_gated, fast={

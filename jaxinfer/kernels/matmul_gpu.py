@@ -18,10 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxinfer.kernels.attention import TILE
 from jaxinfer.kernels.triton import call, dot, load, power, store
 from jaxinfer.kernels.tuned import tuned
-
-LEAST_ROWS = 16  # tokens that Triton multiplies with
 
 
 class Blocks(NamedTuple):
@@ -44,7 +43,7 @@ def blocks(rows: int, is_gated: bool) -> Blocks:
 def few(x_TI: jax.Array, w_OI: jax.Array, activation: Callable | None = None) -> jax.Array:
     """`x @ w.T` in float32; with an `activation`, that of its first half times the second, in the weights' dtype."""
     (T, I), O = x_TI.shape, len(w_OI) // (2 if activation else 1)
-    rows = max(LEAST_ROWS, power(T))
+    rows = max(TILE, power(T))
     size = blocks(rows, activation is not None)
     C = 1 if activation else min(power(-(-size.programs * size.outputs // O)), I // size.inputs)
     C = next(c for c in (C, C // 2, C // 4, 1) if c and not I // size.inputs % c)  # whole blocks each

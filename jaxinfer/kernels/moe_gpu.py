@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxinfer.kernels.attention import TILE
 from jaxinfer.kernels.triton import call, dot, load, power, store
 from jaxinfer.kernels.tuned import tuned
 
-LEAST = 16  # rows, outputs or inputs that Triton multiplies
 WIDE = 64  # what Hopper's matrix units take at least of one side: of the outputs, where rows are fewer
 KEYS = 512  # compared at a time with those of PLACES pairs
 PLACES = 16
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
     def within(self, outputs: int, inputs: int) -> Tile:
         """A tile no larger than what there is to multiply."""
-        fit = lambda most, size: max(LEAST, min(most, power(size)))
+        fit = lambda most, size: max(TILE, min(most, power(size)))
         return self._replace(outputs=fit(self.outputs, outputs), inputs=fit(self.inputs, inputs))
 
 

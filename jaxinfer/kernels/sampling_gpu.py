@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxinfer.kernels.sampling import INFINITY, number
+from jaxinfer.kernels.sampling import number
 from jaxinfer.kernels.triton import call, load, power, store
 
 BLOCK = 8192
@@ -44,11 +44,11 @@ def _truncate_kernel(scaled_ref, top_k_ref, top_p_ref, least_ref):
         """The largest number above which, with it, there is a weight of `most`."""
         def two_bits(i, key):
             step = jnp.left_shift(jnp.int32(1), 30 - 2 * i)
-            higher = [key + step * n for n in (1, 2, 3)]  # some of them no number: none is above
-            least = [jnp.where(at > INFINITY, jnp.inf, number(at)) for at in higher]
+            higher = [key + step * n for n in (1, 2, 3)]  # past infinity they are infinity
+            least = [number(at) for at in higher]
             found = over_row(lambda x_B: [jnp.where(x_B >= at, weigh(x_B), 0.0) for at in least], (zero_B,) * 3)
             for at, weight in zip(higher, found, strict=True):
-                key = jnp.where((weight >= most) & (at <= INFINITY), at, key)
+                key = jnp.where(weight >= most, at, key)
             return key
 
         key = lax.fori_loop(jnp.int32(0), jnp.where(asked, jnp.int32(16), 0), two_bits, jnp.int32(-(2**31)))
