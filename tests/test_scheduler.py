@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxinfer.request import Sampling, Sequence
 from jaxinfer.scheduler import AGEING, Began, PageGroup, Plan, Scheduler
+from jaxinfer.scheduler.fit import fit
 from tests.test_prefix import nodes
 
 VOCAB = 5  # so few that sequences often agree for a while
@@ -131,9 +132,12 @@ class House:
     chunk: int
     budget: int | None
     chunks: int | None
+    rungs: tuple[int, ...] = ()
+    again: int = 0
 
     def scheduler(self) -> Scheduler:
-        return Scheduler(self.groups, max_rows=self.max_rows, chunk=self.chunk, budget=self.budget, chunks=self.chunks)
+        return Scheduler(self.groups, max_rows=self.max_rows, chunk=self.chunk, budget=self.budget, chunks=self.chunks,
+                         rungs=self.rungs, again=self.again)
 
 
 @st.composite
@@ -143,8 +147,9 @@ def houses(draw) -> House:
     size, rows = draw(st.integers(1, 4), label="page size"), draw(st.integers(1, 5), label="max_rows")
     groups = (PageGroup(f"group{i}", size, draw(st.integers(3, 14), label="pages"), w) for i, w in enumerate(windows))
     budget = draw(st.one_of(st.none(), st.integers(rows, rows + 8)), label="budget")
+    rungs = draw(st.sampled_from(((), (2, 4, 8, 16), (1, 3, 20))), label="rungs")
     return House(tuple(groups), rows, draw(st.integers(1, 8), label="chunk"), budget,
-                 draw(st.sampled_from((0, 0, 1, 2, None)), label="chunks"))
+                 draw(st.sampled_from((0, 0, 1, 2, None)), label="chunks"), rungs, draw(st.integers(0, 3)))
 
 
 class AnyHistory(RuleBasedStateMachine):
@@ -268,7 +273,7 @@ class AnyHistory(RuleBasedStateMachine):
     def _plan(self, steps: int = 1) -> Plan | None:
         self.dispatched = False
         self.before = {version: ahead for version, ahead in self.before.items() if version in self.scheduler.versions}
-        plan = self.scheduler.plan(steps)
+        plan = self.scheduler.plan(steps, self.house.rungs[1:])
         if plan:
             self._check_columns(plan)
             self._check_kind(plan, steps)
@@ -538,8 +543,8 @@ def begin(scheduler: Scheduler, id: int, tokens: int | list[int], namespace: str
 
 
 def one(scheduler: Scheduler, steps: int = 1) -> Plan | None:
-    """A step, of which all rows that draw draw JUNK."""
-    plan = scheduler.plan(steps)
+    """A step, of which all rows that draw draw JUNK, and for which all rungs are ready."""
+    plan = scheduler.plan(steps, scheduler.rungs)
     if plan:
         scheduler.commit(plan, [[JUNK] * len(plan.ids)] * plan.steps)
     return plan
@@ -721,6 +726,49 @@ def test_prompts_and_decode_rows_share_a_step_within_its_budget():
     assert kinds == [(1, [1, 6, 1]), (2, [1, 1, 5, 1]), (3, [1, 1, 1, 5]), (4, [1, 1, 1, 1])]
     finish(scheduler)
     assert first.ended == "length"
+
+
+@pytest.mark.parametrize(("chunks", "sizes"), [(None, [64, 32, 12]), (1, [64, 32, 12]), (0, [64, 32, 12])])
+def test_a_prompt_is_read_in_steps_that_are_full_where_that_computes_less(chunks, sizes):
+    scheduler = Scheduler([PageGroup("kv", 4, 100)], max_rows=2, chunk=128, chunks=chunks, budget=130,
+                          rungs=(16, 32, 64, 128), again=4)
+    begin(scheduler, 0, 108, max_tokens=1)
+    assert [len(plan.tokens) for plan in finish(scheduler)] == sizes
+    begin(scheduler, 1, 120, max_tokens=1)
+    assert [len(plan.tokens) for plan in finish(scheduler)] == [120], "the rest would cost more than the padding"
+
+
+def test_a_step_that_reads_prompts_fills_a_rung_with_its_decode_rows_in_it():
+    scheduler = Scheduler([PageGroup("kv", 4, 100)], max_rows=8, chunk=64, chunks=None, rungs=(8, 16, 64), again=1)
+    for id in range(3):
+        begin(scheduler, id, 1, max_tokens=30)
+    assert (plan := one(scheduler)) and len(plan.tokens) == 3
+    begin(scheduler, 3, 20, max_tokens=1)
+    assert [(plan.singles, plan.lens) for _ in range(2) if (plan := one(scheduler))] == [
+        (3, [1, 1, 1, 13]), (3, [1, 1, 1, 7])]
+
+
+def test_no_step_is_made_to_fit_a_rung_that_has_yet_to_be_compiled():
+    for ready, sizes in (((16, 32, 64, 128), [64, 12]), ((16, 32, 64), [76]), ((128,), [76]), ((), [76])):
+        scheduler = Scheduler([PageGroup("kv", 4, 100)], max_rows=2, chunk=128, rungs=(16, 32, 64, 128), again=4)
+        begin(scheduler, 0, 76, max_tokens=1)
+        plans = []
+        while plan := scheduler.plan(ready=ready):
+            plans.append(len(plan.tokens))
+            scheduler.commit(plan, [[JUNK]])
+        assert plans == sizes, ready
+
+
+@given(tokens=st.integers(1, 2048), again=st.integers(0, 500), data=st.data())
+def test_fitting_never_computes_more_than_padding_does(tokens, again, data):
+    rungs = sorted(data.draw(st.sets(st.integers(1, 2048), max_size=8))) + [2048]
+    padded, cost, left = next(size for size in rungs if size >= tokens), 0, tokens
+    while left:
+        count = fit(left, rungs, again)
+        assert count == left or count in rungs, "neither all of it nor a full step"
+        cost += again + next(size for size in rungs if size >= count)
+        left -= count
+    assert cost <= padded + again
 
 
 def test_who_has_just_entered_may_have_to_leave_in_the_same_step():

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 MOST_BUCKETS = 16
 STEPS = 8  # decode steps that may go in one call
+# Tokens whose arithmetic takes as long as reading the weights once. An H200 reads bfloat16 at 4.3 TB/s and does 750
+# TFLOP/s (174 tokens), an H100 2.9 and 700 (241); two AVX2 cores read float32 at 20 GB/s and do 100 GFLOP/s (10).
+AGAIN_GPU, AGAIN = 192, 8
 
 
 @dataclass(frozen=True, order=True)
@@ -48,15 +51,21 @@ def mixed(rows: int, tokens: int) -> Bucket:
 @dataclass(frozen=True)
 class Ladder:
     """The `buckets` of a model, the `chunk` of a prompt that one step reads at most, and the buckets of `prompts` that
-    are scored or embedded, which need programs of their own."""
+    are scored or embedded, which need programs of their own. One more step takes about as long as `again` tokens."""
 
     buckets: tuple[Bucket, ...]
     chunk: int
     prompts: tuple[Bucket, ...]
+    again: int = 0
 
     def holding(self, shape: Bucket) -> list[Bucket]:
         """The buckets that a step of this shape can run in, the smallest first."""
         return sorted((b for b in self.buckets if b.holds(shape)), key=lambda b: (b.tokens, b.rows, b.longest))
+
+    @property
+    def rungs(self) -> dict[int, Bucket]:
+        """The buckets of steps that read prompts, by the tokens that a step's longest row may have."""
+        return {b.longest: b for b in self.buckets if b.longest > 1}
 
     @property
     def budget(self) -> int:
@@ -94,7 +103,7 @@ def default_ladder(max_rows: int, max_context: int, chunks: int | None = 0) -> L
     first = tuple(prompt(n) if chunks == 0 else mixed(max_rows, n) for n in sizes)
     left = MOST_BUCKETS - len(first) - len(rows)
     together = tuple(decode(b.rows, STEPS) for b in rows[::-2][: left // 2])  # each greedy, and not
-    return Ladder((*first, *rows, *together[::-1]), chunk, tuple(map(prompt, sizes)))
+    return Ladder((*first, *rows, *together[::-1]), chunk, tuple(map(prompt, sizes)), first[0].rows - 1 + AGAIN)
 
 
 def _mixing_ladder(max_rows: int, max_context: int) -> Ladder:
@@ -108,7 +117,7 @@ def _mixing_ladder(max_rows: int, max_context: int) -> Ladder:
     left = (MOST_BUCKETS - len(rows) - len(sizes)) // 2  # each greedy, and not
     again = rows if left >= len(rows) else rows[::2][:left]
     return Ladder((*(Bucket(n, min(max_rows, n), n) for n in sizes), *map(decode, rows),
-                   *(decode(n, STEPS) for n in again)), chunk, tuple(map(prompt, sizes)))
+                   *(decode(n, STEPS) for n in again)), chunk, tuple(map(prompt, sizes)), AGAIN_GPU)
 
 
 def invariant_ladder(max_rows: int, max_context: int) -> Ladder:

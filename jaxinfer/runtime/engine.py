@@ -164,7 +164,7 @@ class Engine:
                 break
             plan = None
             try:
-                plan = self.scheduler.plan(self._steps())
+                plan = self.scheduler.plan(self._steps(), self._rungs())
                 if plan and flying and not self._is_ready(plan):
                     plan, late = flying.plan, plan
                     self._commit(flying)  # nobody should wait for a compile to see tokens that are there
@@ -196,6 +196,13 @@ class Engine:
         key = Key("steps" if s.drawing else "greedy_steps", Bucket(1, rows[0], rows[0], rows[0], STEPS))
         self.executables.prepare(key)
         return STEPS if self.executables.is_ready(key) else 1
+
+    def _rungs(self) -> set[int]:
+        """The sizes of steps with prompts that need no compile."""
+        if not (self.scheduler.waiting or self.scheduler.reading):
+            return set()
+        find = self.executables
+        return {size for size, bucket in find.ladder.rungs.items() if find.is_ready(Key("forward", bucket))}
 
     def _then(self, plan: Plan) -> tuple[Key, ...]:
         """What follows `forward` in this step, for any number of rows."""
@@ -236,6 +243,7 @@ class Engine:
             steps = find.get(Key("greedy_steps" if greedy else "steps", bucket), real, bucket.tokens)
             draws = () if greedy else (self.packer.draws(plan, flight.rows, bucket.rows),)
             self.state, self.last_S, flight.tokens = steps(*first, flight.remember_R, *draws)
+            flight.tokens.copy_to_host_async()
             return flight
         if plan.task == "draw":
             self.state, flight.logits_RV = find.get(Key("forward", bucket), real, bucket.tokens)(*first)
@@ -336,6 +344,7 @@ class Engine:
                     self.last_S, self.history_SL, flight.tokens = found(
                         logits_RV, self.last_S, flight.remember_R, draws, self._edits(flight, drawing, R), history_SL)
         flight.logits_RV = None
+        flight.tokens.copy_to_host_async()  # else half a millisecond goes by from their being drawn to their being read
 
     def _edits(self, flight: Flight, drawing: dict[int, Sequence], R: int):
         edits, counts = self.packer.no_edits(R), flight.plan.counts

@@ -174,7 +174,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         eos, shards = _eos(checkpoint, tokenizer), []
         for executables, place in zip(each, places, strict=True):
             delivery = undo.enter_context(closing(Delivery(tokenizer)))
-            scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks, budget=ladder.budget)
+            scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks, budget=ladder.budget,
+                                  rungs=ladder.rungs, again=ladder.again)
             if place is not places[0]:
                 params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, executables.params))
             engine = Engine(executables, scheduler, params, delivery.tell, delivery.failed,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress
 from operator import attrgetter, eq
 from typing import Literal, NamedTuple
 
 from jaxinfer.request import FinishReason, Sampling, Sequence
+from jaxinfer.scheduler.fit import fit
 from jaxinfer.scheduler.pages import PageGroup
 from jaxinfer.scheduler.prefix import PrefixTree
 
@@ -97,15 +98,19 @@ class Scheduler:
     a prompt is followed by one that decodes, so no decoding row waits for more than one chunk. Waiting sequences enter
     by `order`: first in, first out within a level of priority, and levels age. Under page pressure the youngest
     gives its pages back and is read again later, as far as nobody has taken what the prefix tree kept of it.
+
+    Steps that read prompts are padded to `rungs`: of their prompts' tokens, or of all tokens where any number of chunks
+    goes; one more step costs as much as `again` tokens (`fit`).
     """
 
     def __init__(self, groups: Iterable[PageGroup], *, max_rows: int, chunk: int, budget: int | None = None,
-                 chunks: int | None = 0):
+                 chunks: int | None = 0, rungs: Iterable[int] = (), again: int = 0):
         self.groups = tuple(groups)
         self.tree = PrefixTree(self.groups)
         self.max_rows, self.chunk, self.chunks = max_rows, chunk, chunks
         self.budget = budget or (max(chunk, max_rows) if chunks == 0 else chunk + max_rows)
         self.prompts = max_rows if chunks is None else max(1, chunks)  # that one step may read
+        self.rungs, self.again = tuple(sorted(rungs)), again
         assert self.budget >= max_rows, f"a budget of {self.budget} tokens is too small for {max_rows} rows"
         self.waiting: list[Sequence] = []  # both by order
         self.running: list[Sequence] = []
@@ -122,6 +127,7 @@ class Scheduler:
         self._decoding: list[Sequence] | None = None  # the rows of the last plan, while nobody comes or goes
         self._due: list[int] = []  # where in its sequence each of them has its next turn
         self._refused: tuple | None = None
+        self._fitting: list[int] = []  # the rungs that the next step may be made to fit
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of this many tokens could run if it were alone."""
@@ -158,10 +164,12 @@ class Scheduler:
             self._end(sequence, reason)
         return sequence
 
-    def plan(self, steps: int = 1) -> Plan | None:
+    def plan(self, steps: int = 1, ready: Container[int] = ()) -> Plan | None:
         """The next step, or None when there is nothing to do (until a commit or a submission). `steps` > 1 asks for as
-        many decode steps in one, which is granted when nobody waits and every row will draw so many tokens."""
+        many decode steps in one, which is granted when nobody waits and every row will draw so many tokens. `ready`
+        are the rungs that a step may be made to fit."""
         plan = Plan(self.steps + 1)
+        self._fitting = [size for size in self.rungs if size in ready]
         self._index_prompts()
         self._admit(plan)
         for plan.version in self._turns():
@@ -279,9 +287,10 @@ class Scheduler:
     # Reading prompts.
 
     def _read(self, plan: Plan) -> None:
-        """Add prompt chunks to the plan, in order, as far as its budget and its kind allow."""
+        """Add prompt chunks to the plan, in order, as far as its size and its kind allow."""
+        size = self._size(plan)
         for sequence in tuple(self.reading):
-            budget = self.budget - len(plan.tokens)
+            budget = size - len(plan.tokens)
             if budget <= 0:
                 break
             if sequence.task != "draw" and plan.ids:
@@ -295,6 +304,20 @@ class Scheduler:
             if sequence.task != "draw":
                 plan.task = sequence.task
                 break
+
+    def _size(self, plan: Plan) -> int:
+        """How many tokens the step should have, beside its decode rows those of prompts: as many as there are, or fewer
+        that fill a rung. Only rungs that are ready are filled, and none in place of one that has yet to be compiled."""
+        rows, mine = len(plan.tokens), [s for s in self.reading if s.version == plan.version and s.slot is not None]
+        if not mine or mine[0].task != "draw":
+            return self.budget
+        padded = rows if self.chunks is None else 0  # of the decode rows, those that a rung counts
+        wanted = padded + min(sum(min(s.unread, self.chunk) for s in mine), self.budget - rows)
+        own = next((size for size in self.rungs if size >= wanted), None)
+        if own not in self._fitting:
+            return self.budget
+        fitted = fit(wanted, self._fitting, self.again)
+        return rows + fitted - padded if fitted > padded else self.budget
 
     def _row(self, plan: Plan, sequence: Sequence, count: int) -> None:
         start, end = sequence.read, sequence.read + count
