@@ -761,7 +761,7 @@ def test_no_step_is_made_to_fit_a_rung_that_has_yet_to_be_compiled():
 
 @given(tokens=st.integers(1, 2048), again=st.integers(0, 500), data=st.data())
 def test_fitting_never_computes_more_than_padding_does(tokens, again, data):
-    rungs = sorted(data.draw(st.sets(st.integers(1, 2048), max_size=8))) + [2048]
+    rungs = [*sorted(data.draw(st.sets(st.integers(1, 2047), max_size=8))), 2048]
     padded, cost, left = next(size for size in rungs if size >= tokens), 0, tokens
     while left:
         count = fit(left, rungs, again)
