@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh
 from jaxinfer.graphs.decoder import ACTIVATIONS
 from jaxinfer.kernels import gated, matmul, tracing
 from jaxinfer.kernels.matmul import BATCH
-from jaxinfer.kernels.quantised import FP8, INT8, blank
+from jaxinfer.kernels.quantised import FP8, INT4, INT8, Quantised, blank, quantise
+from jaxinfer.kernels.tuned import trying
 from jaxinfer.testing import SEEDS
 
 WEIGHTS = jax.ShapeDtypeStruct((256, 384), jnp.bfloat16)
@@ -34,6 +35,46 @@ def test_few_tokens_are_multiplied_as_many_are(tokens, seed):
     spoilt_TI = x_TI.at[tokens - 1, 5].set(jnp.nan)
     found_TO = np.asarray(forced["few"](spoilt_TI, w_OI))
     assert np.isnan(found_TO[-1]).all() and np.isfinite(found_TO[:-1]).all(), "a token's NaN is its own"
+
+
+def four_bits(w_OI: np.ndarray) -> Quantised:
+    return jax.tree.map(jnp.asarray, quantise(w_OI, blank(INT4, w_OI.shape, "bfloat16")))
+
+
+@pytest.mark.parametrize(("tokens", "shape"), [(3, (64, 384)), (17, (128, 1024))])
+@given(seed=SEEDS)
+def test_weights_of_four_bits_are_multiplied_as_what_they_stand_for(tokens, shape, seed):
+    rng, (O, I) = np.random.default_rng(seed), shape
+    x_TI, size_O1 = rng.normal(size=(tokens, I)).astype(np.float32), 10.0 ** rng.uniform(-3, 0, (O, 1))
+    x_TI[0] *= 1e5
+    w_OI = four_bits((rng.normal(size=shape) + rng.normal(size=(O, 1))) * size_O1)  # few have a mean of zero
+    exact_OI = np.asarray(w_OI.dequantised(), np.float64)
+    found_TO = np.asarray(forced["few"](x_TI, w_OI))
+    size_TO = np.abs(x_TI) @ np.abs(exact_OI).T
+    assert found_TO.dtype == np.float32
+    np.testing.assert_array_less(np.abs(found_TO - x_TI.astype(np.float64) @ exact_OI.T), size_TO * 2**-10)
+    x_TI[1, 5] = np.nan
+    spoilt_TO = np.asarray(forced["few"](x_TI, w_OI))
+    assert np.isnan(spoilt_TO[1]).all() and (spoilt_TO[2:] == found_TO[2:]).all(), "a token's NaN is its own"
+
+
+def test_they_are_gated_in_one_kernel():
+    x_TI, w_OI = arrays(1, 5)
+    w_OI = four_bits(w_OI)
+    act = lambda x_TI, w_OI: gated(x_TI, w_OI, jax.nn.silu, how="few")
+    found_TF, expected_TF = act(x_TI, w_OI), gated(x_TI, w_OI.dequantised(), jax.nn.silu, how="reference")
+    assert found_TF.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found_TF.astype(jnp.float32), expected_TF, atol=2e-2, rtol=1e-2)
+    assert str(jax.make_jaxpr(act)(x_TI, w_OI)).count("pallas_call") == 1
+
+
+def test_blocks_of_more_inputs_than_a_weight_s_are_whole_ones_of_fewer():
+    x_TI, w_OI = arrays(2, 2)
+    w_OI = four_bits(w_OI[:64])
+    with trying({"few_int4/1/16": (64, 512, 2, 3, 96)}):
+        large_TO = matmul(x_TI, w_OI, how="few")
+    with trying({"few_int4/1/16": (32, 128, 2, 3, 1)}):
+        np.testing.assert_allclose(large_TO, matmul(x_TI, w_OI, how="few"), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "how"), [
@@ -63,3 +104,13 @@ def test_it_is_taken_for_few_tokens_and_whole_blocks_on_one_device():
     assert chosen(8, fp8, "gated") == "rounded"
     assert chosen(8, fp8, "gated", forced={"matmul_fp8": "reference"}) == "reference", "which keeps activations"
     assert chosen(8, blank(INT8, (256, 384), jnp.bfloat16), "gated") == "reference"
+
+
+def test_for_weights_of_four_bits_too():
+    int4 = blank(INT4, WEIGHTS.shape, jnp.bfloat16)
+    assert [chosen(tokens, int4) for tokens in (1, BATCH, BATCH + 1)] == ["few", "few", "reference"]
+    odd = (blank(INT4, *args) for args in (((256, 192), jnp.bfloat16), ((256, 384), jnp.float32)))
+    assert [chosen(8, w) for w in odd] == ["reference"] * 2
+    assert chosen(8, int4, mesh=AbstractMesh((2,), ("model",))) == "reference"
+    assert [chosen(tokens, int4, "gated") for tokens in (8, BATCH + 1)] == ["few", "reference"]
+    assert chosen(8, int4, "gated", bias=jnp.zeros(256)) == chosen(8, int4, "gated", "gelu") == "reference"

@@ -21,7 +21,7 @@ from jaxinfer.frontend.gguf_translate import Fixed, _halves
 from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Graph, Leaf
 from jaxinfer.kernels import embed_rows, matmul, matmul_int8
-from jaxinfer.kernels.matmul import FEW, OPS, SLICE
+from jaxinfer.kernels.matmul import OPS, SLICE
 from jaxinfer.kernels.quantised import FP8, INT4, INT8, SCHEMES, blank, finite, format_of, quantise
 from jaxinfer.runtime import memory as planning
 from jaxinfer.testing import SEEDS
@@ -79,6 +79,16 @@ def test_four_bits_keep_the_blocks_of_a_q4_1_file_to_the_bit(seed):
     np.testing.assert_array_equal(quantised(rows, INT4).dequantised(), rows)
 
 
+@pytest.mark.parametrize(("inputs", "apart"), [(96, 8), (192, 16), (256, 32)])
+def test_four_numbers_share_a_word_as_far_apart_as_the_inputs_allow(inputs, apart):
+    levels = np.random.default_rng(inputs).integers(0, 16, (3, inputs))
+    levels[:, ::32], levels[:, 1::32] = 0, 15
+    held = quantised(levels.astype(np.float32), INT4)
+    np.testing.assert_array_equal(held.numbers, levels)
+    block = levels[:, : 4 * apart].reshape(3, 4, apart)
+    np.testing.assert_array_equal(held.values[:, :apart], sum(block[:, q] << 4 * q for q in range(4)))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_no_number_shows_in_the_scales(name):
     for bad in (np.nan, np.inf, -np.inf):
@@ -98,7 +108,7 @@ def test_which_leaves_are_quantised_is_data():
 
 # Matmuls.
 
-WAYS = [(name, how) for name in FORMATS for how in ("reference", *OPS[name].fast)]
+WAYS = [(name, how) for name in FORMATS for how in ("reference", *OPS[name].fast) if how != "few"]  # test_matmul_gpu
 
 
 @cache
@@ -120,7 +130,7 @@ def expected(x: np.ndarray, held, how: str) -> np.ndarray:
 
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(("name", "how"), WAYS)
-@given(seed=SEEDS, tokens=st.sampled_from([1, 3, FEW + 1]))
+@given(seed=SEEDS, tokens=st.sampled_from([1, 3, 17]))
 def test_every_implementation_computes_what_it_says(name, how, seed, tokens):
     held = quantised(weight(seed, (SLICE + 40, 96)), FORMATS[name])
     x = np.random.default_rng(seed).normal(size=(tokens, 96)).astype(np.float32)
@@ -306,6 +316,6 @@ def test_a_scheme_that_there_is_not_is_refused_with_those_that_there_are(tiny_pa
 
 def test_an_op_for_weights_of_one_kind_has_no_way_of_another():
     held = quantised(weight(0, (4, 32)), INT8)
-    with pytest.raises(ValueError, match="matmul_int8 has no implementation 'by_group'"):
-        matmul(jnp.ones((2, 32)), held, how="by_group")
+    with pytest.raises(ValueError, match="matmul_int8 has no implementation 'few'"):
+        matmul(jnp.ones((2, 32)), held, how="few")
     assert matmul_int8.available("gpu") == ["reference"] and matmul_int8.available("tpu")[0] == "w8a16"

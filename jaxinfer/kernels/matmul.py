@@ -23,7 +23,6 @@ from jaxinfer.kernels.op import Op, devices
 from jaxinfer.kernels.quantised import FP8, INT4, INT8, Quantised
 
 BATCH = 64  # tokens, up to which a GPU's matmul waits for the weights and not for its arithmetic
-FEW = 16  # tokens, for whom float32 sums of groups [G, T, O] are less than a weight [O, I] in bfloat16
 SLICE = 128  # outputs whose weights are unpacked at a time
 LOW = 2 * INT8.most  # what is left of a number that was rounded is at most a half: 127 of these
 LEAST = 1e-30  # the largest number of a token that is more than zeros: one over it is finite
@@ -61,13 +60,14 @@ def _dense_rows(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
 # A few tokens on a GPU.
 
 
-def takes_few(x_TI: jax.Array, w_OI: jax.Array) -> bool:
-    """Whether our kernel is for such a matmul: on one device, of numbers of two bytes, and of whole blocks."""
+def takes_few(x_TI: jax.Array, w_OI: jax.Array | Quantised) -> bool:
+    """Whether our kernel is for such a matmul: on one device, of numbers of two bytes (or of four bits in the place of
+    such), and of whole blocks."""
     O, I = w_OI.shape
     return len(x_TI) <= BATCH and w_OI.dtype.itemsize == 2 and O % 64 == I % 128 == 0 and devices() == 1
 
 
-def _few(x_TI: jax.Array, w_OI: jax.Array, **gate: Any) -> jax.Array:
+def _few(x_TI: jax.Array, w_OI: jax.Array | Quantised, **gate: Any) -> jax.Array:
     from jaxinfer.kernels.matmul_gpu import few  # Pallas takes a while to import
 
     return few(x_TI, w_OI, **gate)
@@ -118,21 +118,9 @@ def _w8a8_fp8(x_TI: jax.Array, w_OI: Quantised, out: Any = jnp.float32) -> jax.A
 
 
 def _grouped(x_TI: jax.Array, w_OI: Quantised) -> jax.Array:
-    """x and the weight are rounded to `w.dtype`."""
+    """x and the weight are rounded to `w.dtype`: for many tokens on a GPU, which unpacks the weight once, then reads it
+    as it would another."""
     return _dot(x_TI.astype(w_OI.dtype), w_OI.dequantised().astype(w_OI.dtype))
-
-
-def _by_group(x_TI: jax.Array, w_OI: Quantised) -> jax.Array:
-    """For few tokens a dot for each group, scaled after it: a scale before it would have the whole weight unpacked."""
-    if len(x_TI) > FEW:
-        return _grouped(x_TI, w_OI)
-    O, G = w_OI.scale.shape
-    x_TGi = x_TI.astype(w_OI.dtype).reshape(len(x_TI), G, -1)
-    numbers_OGi, scale_OG = w_OI.numbers.reshape(O, G, -1).astype(w_OI.dtype), w_OI.scale.astype(jnp.float32)
-    y_GTO = jax.lax.dot_general(x_TGi, numbers_OGi, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.float32)
-    zero_OG = 8 * scale_OG + w_OI.minimum.astype(jnp.float32)  # what a number of 0 stands for
-    rest_TO = jnp.dot(x_TGi.astype(jnp.float32).sum(2), zero_OG.T, precision="highest")
-    return (y_GTO * scale_OG.T[:, None]).sum(0) + rest_TO
 
 
 # What XLA's CPU backend would convert whole on every call.
@@ -162,7 +150,7 @@ matmul_int8 = Op("matmul_int8", reference=_weight_only, fast={
 matmul_fp8 = Op("matmul_fp8", reference=_weight_only, fast={
     "w8a8": (("gpu",), _w8a8_fp8), "in_slices": (("cpu",), _in_slices)})
 matmul_int4 = Op("matmul_int4", reference=_grouped, fast={
-    "by_group": (("gpu",), _by_group), "in_slices": (("cpu",), _in_slices)})
+    "few": (("gpu",), _few, takes_few), "in_slices": (("cpu",), _in_slices)})
 OPS = {INT8.name: matmul_int8, FP8.name: matmul_fp8, INT4.name: matmul_int4}
 
 
@@ -189,7 +177,7 @@ def _gated_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Cal
     return _gate(_dot(x_TI.astype(w_OI.dtype), w_OI, w_OI.dtype), activation, bias_O)
 
 
-def _gated_few(x_TI: jax.Array, w_OI: jax.Array, activation: Callable, bias_O: None = None) -> jax.Array:
+def _gated_few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable, bias_O: None = None) -> jax.Array:
     return _few(x_TI, w_OI, activation=activation)
 
 
@@ -206,7 +194,7 @@ def in_triton(activation: Callable) -> bool:
 def takes_gated_few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable,
                     bias_O: jax.Array | None = None) -> bool:
     """What `few` takes, with an activation that Pallas has in Triton."""
-    if bias_O is not None or isinstance(w_OI, Quantised) or w_OI.shape[0] % 128:
+    if bias_O is not None or w_OI.shape[0] % 128 or (isinstance(w_OI, Quantised) and w_OI.format != INT4.name):
         return False
     return takes_few(x_TI, w_OI) and in_triton(activation)
 

@@ -1,8 +1,9 @@
 """Matmuls of few tokens on NVIDIA GPUs, written in Pallas for Triton. They wait for the weights and for nothing else:
-every program reads its outputs' weights once, whatever the tokens are.
+every program reads its outputs' weights once, whatever the tokens are. Weights of four bits are unpacked in registers,
+on the way from memory to the matrix units.
 
-Axes: T tokens, I inputs, O outputs (of which a gated layer makes half), C splits of the inputs; b inputs that a program
-reads at a time.
+Axes: T tokens, I inputs, O outputs (of which a gated layer makes half), C splits of the inputs; of a block that a
+program reads at a time, b inputs, which are one dot, and w words.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxinfer.kernels.attention import TILE
+from jaxinfer.kernels.op import platform
+from jaxinfer.kernels.quantised import INT4, Quantised
 from jaxinfer.kernels.triton import call, dot, load, power, store
 from jaxinfer.kernels.tuned import tuned
 
+RANGE = 16.0  # what activations are divided by to be float16, which so holds a million
+
 
 class Blocks(NamedTuple):
-    """Outputs and inputs of a block of weights (at most 64 and 128: `takes_few` asks for whole ones; Hopper's matrix
-    units take no fewer outputs), warps, stages of the loop over the inputs, and the programs that there should be at
+    """Outputs and inputs of a block of weights (of 64 outputs at most, since `takes_few` asks for whole ones; Hopper's
+    own matrix units take no fewer), warps, stages of the loop over the inputs, and the programs that there should be at
     least, where inputs can be split."""
 
     outputs: int = 64
@@ -35,39 +40,103 @@ class Blocks(NamedTuple):
     programs: int = 96
 
 
-def blocks(rows: int, is_gated: bool) -> Blocks:
+INT4_BLOCKS = Blocks(inputs=256, warps=2, stages=4, programs=192)  # two warps: Ampere's units, which nobody waits for
+
+
+def blocks(rows: int, is_int4: bool, is_gated: bool) -> Blocks:
     """For a block of so many tokens."""
+    if is_int4:
+        return tuned(f"few_int4_gated/1/{rows}" if is_gated else f"few_int4/1/{rows}", INT4_BLOCKS)
     return tuned(f"few_gated/1/{rows}" if is_gated else f"few/1/{rows}", Blocks(stages=3 if is_gated else 5))
 
 
-def few(x_TI: jax.Array, w_OI: jax.Array, activation: Callable | None = None) -> jax.Array:
-    """`x @ w.T` in float32; with an `activation`, that of its first half times the second, in the weights' dtype."""
-    (T, I), O = x_TI.shape, len(w_OI) // (2 if activation else 1)
+def few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable | None = None) -> jax.Array:
+    """`x @ w.T` in float32; with an `activation`, that of its first half times the second, in the weights' dtype.
+
+    Against weights of four bits, activations and weights are rounded to float16.
+    """
+    is_int4 = isinstance(w_OI, Quantised)
+    (T, I), O = x_TI.shape, w_OI.shape[0] // (2 if activation else 1)
     rows = max(TILE, power(T))
-    size = blocks(rows, activation is not None)
-    C = 1 if activation else min(power(-(-size.programs * size.outputs // O)), I // size.inputs)
-    C = next(c for c in (C, C // 2, C // 4, 1) if c and not I // size.inputs % c)  # whole blocks each
+    size = blocks(rows, is_int4, activation is not None)
+    inputs = min(size.inputs, I & -I)  # whole blocks
+    C = 1 if activation else min(power(-(-size.programs * size.outputs // O)), I // inputs)
+    C = next(c for c in (C, C // 2, C // 4, 1) if c and not I // inputs % c)  # whole blocks each
+    if isinstance(w_OI, Quantised):
+        operands = (x_TI * RANGE**-1).astype(jnp.float16), w_OI.values, w_OI.scale, w_OI.minimum
+        one, read, unit = INT4.group, _int4, RANGE
+    else:
+        operands, one, read, unit = (x_TI.astype(w_OI.dtype), w_OI), inputs, _dense, 1.0
     out = jax.ShapeDtypeStruct((C, T, O), w_OI.dtype if activation else jnp.float32)
-    kernel = partial(_few_kernel, rows=rows, outputs=size.outputs, inputs=size.inputs, activation=activation)
-    act = call(kernel, (size.warps, size.stages), grid=(O // size.outputs, C), out=out)
-    y_CTO = act(x_TI.astype(w_OI.dtype), w_OI)
+    kernel = partial(_few_kernel, rows=rows, outputs=size.outputs, inputs=inputs, one=one, read=read, unit=unit,
+                     activation=activation)
+    y_CTO = call(kernel, (size.warps, size.stages), grid=(O // size.outputs, C), out=out)(*operands)
     return reduce(add, y_CTO)  # XLA does that while it does what comes next, as it would not with a sum over an axis
 
 
-def _few_kernel(x_ref, w_ref, y_ref, *, rows, outputs, inputs, activation):
-    """All tokens, some outputs (with an activation: two times as many), and one split of the inputs."""
-    (o, c), (C, T, O), I = (pl.program_id(axis) for axis in range(2)), y_ref.shape, w_ref.shape[1]
-    t_T, o_O, b_I = jnp.arange(rows), o * outputs + jnp.arange(outputs), jnp.arange(inputs)
+def _few_kernel(x_ref, *refs, rows, outputs, inputs, one, read, unit, activation):
+    """All tokens, some outputs (with an activation: two times as many), and one split of the inputs. `read` gives the
+    n-th block of weights as [O, b] for each dot of `one` inputs; what comes of them is to be multiplied by `unit`."""
+    *w_refs, y_ref = refs
+    (o, c), (C, T, O), I = (pl.program_id(axis) for axis in range(2)), y_ref.shape, x_ref.shape[1]
+    t_T, o_O, b_b = jnp.arange(rows), o * outputs + jnp.arange(outputs), jnp.arange(one)
     each, real = I // inputs // C, rows == T or t_T < T
 
     def step(i, sums):
-        at_1I = ((c * each + i) * inputs + b_I)[None]
-        x_TI = load(x_ref, t_T[:, None], at_1I, mask=real if real is True else real[:, None])
-        ws = [plt.load(w_ref.at[(half * O + o_O)[:, None], at_1I], eviction_policy="evict_first")
-              for half in range(len(sums))]
-        return tuple(y_OT + dot(w_OI, x_TI, trans_b=True) for y_OT, w_OI in zip(sums, ws, strict=True))
+        n = c * each + i
+        x_nTb = [load(x_ref, t_T[:, None], (n * inputs + b + b_b)[None], mask=real if real is True else real[:, None])
+                 for b in range(0, inputs, one)]
+        w_nOb = [read(w_refs, half * O + o_O, n, inputs) for half in range(len(sums))]
+        for x_Tb, *ws in zip(x_nTb, *w_nOb, strict=True):
+            sums = tuple(y_OT + dot(w_Ob, x_Tb, trans_b=True) for y_OT, w_Ob in zip(sums, ws, strict=True))
+        return sums
 
     start = (jnp.zeros((outputs, rows), jnp.float32),) * (2 if activation else 1)
-    sums = lax.fori_loop(0, each, step, start)
+    sums = [y_OT * unit for y_OT in lax.fori_loop(0, each, step, start)]
     y_OT = activation(sums[0]) * sums[1] if activation else sums[0]
     store(y_ref, y_OT, c, t_T[None], o_O[:, None], mask=real if real is True else real[None])
+
+
+def _dense(refs, o_O, n, inputs):
+    """One dot of all inputs, with the weights as they are."""
+    return [_stream(refs[0], o_O, n, inputs)]
+
+
+def _int4(refs, o_O, n, inputs):
+    """A dot for each group."""
+    words_ref, *of_groups = refs
+    lane, groups = INT4.group, inputs // INT4.group
+    scale_gO, minimum_gO = (
+        [x_O1.reshape(x_O1.shape[0]) for x_O1 in lax.split(_stream(ref, o_O, n, groups), (1,) * groups, 1)]
+        for ref in of_groups)
+    words_nOb = [_stream(words_ref, o_O, n * (groups // 4) + i, lane) for i in range(groups // 4)]
+    return [_unpacked(words_nOb[g // 4], g % 4, scale_gO[g], minimum_gO[g]) for g in range(groups)]
+
+
+def _stream(ref, o_O, n, size):
+    """Some rows' n-th `size` numbers, which nobody will read again."""
+    return plt.load(ref.at[o_O[:, None], (n * size + jnp.arange(size))[None]], eviction_policy="evict_first")
+
+
+def _unpacked(words_Ob, nth, scale_O, minimum_O):
+    """One of the four numbers of each word, times a scale, plus a minimum, in float16.
+
+    Below the bits of 1024 in float16 a number n of four bits is 1024 + n, four bits higher 1024 + 16 n: two are
+    unpacked by one instruction and converted by one more (Kim et al., 2022), where a conversion of its own for each
+    would take longer than the weights take to come.
+    """
+    scale_Ob, minimum_Ob = (jnp.broadcast_to(x_O[:, None], words_Ob.shape) for x_O in (scale_O, minimum_O))
+    if platform() != "gpu":
+        return (words_Ob >> 4 * nth & INT4.most).astype(jnp.float16) * scale_Ob + minimum_Ob
+    mask, by, less = [("0x000F000F", "0x3C003C00", "0xE400E400"),  # times 1, less 1024
+                      ("0x00F000F0", "0x2C002C00", "0xD400D400")][nth % 2]  # times 1/16, less 64
+    asm = f"""{{ .reg .b32 n, by, less;
+        mov.b32 by, {by};
+        mov.b32 less, {less};
+        shr.u32 n, $1, {nth // 2 * 8};
+        lop3.b32 n, n, {mask}, 0x64006400, 0xEA;
+        fma.rn.f16x2 n, n, by, less;
+        fma.rn.f16x2 $0, n, $2, $3; }}"""
+    return plt.elementwise_inline_asm(
+        asm, args=[words_Ob, scale_Ob, minimum_Ob], constraints="=r,r,r,r", pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(words_Ob.shape, jnp.float16)])[0]

@@ -5,6 +5,7 @@ Axes: T tokens, O outputs, I inputs, G groups of inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,7 +23,7 @@ CHUNK = 1 << 16  # numbers quantised at a time: their temporaries stay in the ca
 
 class Format(NamedTuple):
     """How a weight is held. Without `group`, values up to `most` and a float32 scale for each output. With it, values
-    of four bits, two in a byte, and for every `group` inputs of an output a float16 scale and minimum, as in GGUF's
+    from 0 to 15, four in a word, and for every `group` inputs of an output a float16 scale and minimum, as in GGUF's
     Q4_1."""
 
     name: str
@@ -32,8 +33,10 @@ class Format(NamedTuple):
 
 
 INT8 = Format("int8", np.dtype(np.int8), 127)
-INT4 = Format("int4", np.dtype(np.int8), 15, group=32)  # JAX 0.10 cannot hand arrays of int4 to a compiled program
+INT4 = Format("int4", np.dtype(np.uint16), 15, group=32)
 FP8 = Format("fp8", np.dtype(ml_dtypes.float8_e4m3fn), 448)
+
+SHIFTS = np.arange(0, 16, 4, dtype=np.uint16)[None, None, :, None]  # of a word's numbers, [O, words // lane, 4, lane]
 
 # What `quantize=` makes of a matrix, by the axis of its outputs. A leaf whose outputs have none of these (positions,
 # segments, classes) keeps its dtype, an exact one float32. What errors show in most, logits, and what is looked up row
@@ -64,7 +67,7 @@ class Quantised:
     """A weight [O, I] that `matmul` and `embed_rows` take in the place of an array.
 
     It stands for `scale_O * numbers_OI`; with a minimum, whose scales are for groups of inputs (int4), for
-    `scale_OG * (numbers_OGi + 8) + minimum_OG`. `dtype` is what the weight would be otherwise: activations that meet it
+    `scale_OG * numbers_OGi + minimum_OG`. `dtype` is what the weight would be otherwise: activations that meet it
     unquantised are rounded to that.
     """
 
@@ -83,10 +86,12 @@ class Quantised:
 
     @property
     def numbers(self) -> jax.Array:
-        """The small numbers [O, I], out of their bytes."""
+        """The small numbers [O, I], out of their words."""
         if self.minimum is None:
             return self.values
-        return jax.lax.bitcast_convert_type(self.values, jnp.int4).reshape(self.shape)
+        O, I = self.shape
+        words = self.values.reshape(O, -1, 1, lane(I))
+        return (words >> SHIFTS & np.uint16(INT4.most)).reshape(O, I)
 
     def rows(self, index: Any) -> Quantised:
         """Some of the outputs: a slice, or their numbers."""
@@ -98,7 +103,14 @@ class Quantised:
         if self.minimum is None:
             return numbers * scale[:, None]
         numbers_OGi = numbers.reshape(*scale.shape, -1)
-        return ((numbers_OGi + 8) * scale[..., None] + self.minimum.astype(jnp.float32)[..., None]).reshape(self.shape)
+        return (numbers_OGi * scale[..., None] + self.minimum.astype(jnp.float32)[..., None]).reshape(self.shape)
+
+
+def lane(inputs: int) -> int:
+    """How four numbers share a word of int4: of every `4 * lane` inputs, word `j` holds `j`, `j + lane`, `j + 2 * lane`
+    and `j + 3 * lane`, the first lowest. One shift unpacks as many numbers that are next to each other, 32 where the
+    inputs are whole 128s; a GPU so has two in each of its registers."""
+    return math.gcd(inputs, 4 * INT4.group) // 4  # type: ignore[operator]  # int4 has groups
 
 
 def blank(format: Format, shape: tuple[int, ...], dtype: Any,
@@ -106,8 +118,8 @@ def blank(format: Format, shape: tuple[int, ...], dtype: Any,
     """A weight of this shape, each of its parts made by `make(shape, dtype)`."""
     if format.group is None:
         return Quantised(make(shape, format.values), make(shape[:1], np.dtype(np.float32)), None, np.dtype(dtype))
-    pairs, of_groups = (shape[0], shape[1] // 2), ((shape[0], shape[1] // format.group), np.dtype(np.float16))
-    return Quantised(make(pairs, format.values), make(*of_groups), make(*of_groups), np.dtype(dtype))
+    words, of_groups = (shape[0], shape[1] // 4), ((shape[0], shape[1] // format.group), np.dtype(np.float16))
+    return Quantised(make(words, format.values), make(*of_groups), make(*of_groups), np.dtype(dtype))
 
 
 def fill(out: Quantised, start: int, rows_OI: np.ndarray) -> None:
@@ -131,9 +143,8 @@ def fill(out: Quantised, start: int, rows_OI: np.ndarray) -> None:
         level_OGi = rows_OGi - out.minimum[here].astype(np.float32)[..., None]
         level_OGi *= _inverse(out.scale[here].astype(np.float32))[..., None]
         np.clip(np.rint(level_OGi, out=level_OGi), 0, INT4.most, out=level_OGi)
-        level_OGi -= 8
-        number_OI = level_OGi.astype(np.int8).reshape(rows_OI.shape)
-        out.values[here] = (number_OI[:, ::2] & 15) | (number_OI[:, 1::2] << 4)
+        numbers = level_OGi.astype(np.uint16).reshape(len(rows_OI), -1, 4, lane(rows_OI.shape[1]))
+        out.values[here] = np.bitwise_or.reduce(numbers << SHIFTS, axis=2).reshape(len(rows_OI), -1)
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
