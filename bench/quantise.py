@@ -56,7 +56,7 @@ WAYS = {
     "int8 (GPU)": Way("bfloat16", "int8", {"matmul_int8": "reference"}),
     "w8a8": Way("bfloat16", "w8a8", FORCED["w8a8"]),
     "fp8, activations as they are (CPU, TPU)": Way("bfloat16", "fp8"),
-    "fp8 (GPU)": Way("bfloat16", "fp8", {"matmul_fp8": "w8a8", "matmul_int8": "reference"}),
+    "fp8 (GPU)": Way("bfloat16", "fp8", {"matmul_fp8": "w8a8", "matmul_int8": "reference", "gated": "rounded"}),
     "int4": Way("bfloat16", "int4"),
     "int4, float32 beside it": Way("float32", "int4"),
     "float32, KV in bfloat16": Way("float32", kv_cache_dtype="bfloat16"),
