@@ -25,11 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.support.limits import best
+from bench.support.ops import weight
 from bench.support.report import publish, table
 from jaxinfer.graph import Pages, Run
 from jaxinfer.kernels import attend, gated, matmul, tracing
 from jaxinfer.kernels.attention_gpu import Decode, Prefill
-from jaxinfer.kernels.matmul_gpu import Blocks
+from jaxinfer.kernels.matmul_gpu import Blocks, int4_blocks
+from jaxinfer.kernels.quantised import INT4, Format
 from jaxinfer.kernels.tuned import TABLE, trying
 
 WORTH = 0.99  # of the default's time: what is no better than that is noise
@@ -67,10 +69,10 @@ def attention(H: int, lens: list[int], contexts: list[int], times: int = 8) -> C
     return Call(act, (q_TNH, k_TKH, pages, run), times)
 
 
-def multiply(T: int, shape: tuple[int, int], is_gated: bool) -> Call:
+def multiply(T: int, shape: tuple[int, int], is_gated: bool, format: Format | None = None) -> Call:
     """Weights that no cache holds together."""
-    times = max(2, -(-2**29 // (2 * shape[0] * shape[1])))
-    ws = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(times)]
+    times = max(2, -(-2**29 // (2 * shape[0] * shape[1])) * (1 if format is None else 2))
+    ws = [weight(shape, "bfloat16", format) for _ in range(times)]
     one = (lambda x, w: gated(x, w, jax.nn.silu)) if is_gated else matmul
     return Call(lambda x, ws: [one(x, w) for w in ws], (jnp.ones((T, shape[1]), jnp.bfloat16), ws), times)
 
@@ -88,6 +90,11 @@ def kernels() -> Iterator[tuple[str, tuple, list[tuple], list[Call]]]:
         candidates = [(*size, *how, programs) for size, how, programs in itertools.product(
             ((64, 128), (64, 64), (32, 128)), ((4, 3), (4, 4), (4, 5), (8, 4)), (96,) if is_gated else (96, 192))]
         yield f"few_gated/1/{T}" if is_gated else f"few/1/{T}", Blocks(stages=3 if is_gated else 5), candidates, calls
+        calls = [multiply(T, shape, is_gated, INT4) for shape in (GATES if is_gated else MATMULS)]
+        candidates = [(*size, *how, programs) for size, how, programs in itertools.product(
+            ((64, 256), (64, 128), (32, 256), (32, 128)), ((2, 3), (2, 4), (2, 6), (4, 4)),
+            (192,) if is_gated else (192, 384))]
+        yield f"few_int4_gated/1/{T}" if is_gated else f"few_int4/1/{T}", int4_blocks(T), candidates, calls
 
 
 def compiled(name: str, blocks: tuple, call: Call, platform: str) -> Any:

@@ -104,7 +104,7 @@ def _normal(shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> jax.Array
     return jax.jit(lambda key: (jax.random.normal(key, shape) * scale).astype(dtype))(jax.random.key(math.prod(shape)))
 
 
-def _weight(shape: tuple[int, ...], dtype: Any, format: Format | None = None) -> jax.Array | Quantised:
+def weight(shape: tuple[int, ...], dtype: Any, format: Format | None = None) -> jax.Array | Quantised:
     """A random matrix [O, I], which leaves the size of what it multiplies as it was."""
     scale = shape[-1] ** -0.5
     if format is None:
@@ -112,8 +112,9 @@ def _weight(shape: tuple[int, ...], dtype: Any, format: Format | None = None) ->
     unit = {"int8": 1 / 73, "int4": 1 / 4.6, "fp8": 1.0}[format.name]  # one over the numbers' standard deviation
 
     def part(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-        if dtype == np.int8:
-            return jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(0), shape, jnp.uint8), jnp.int8)
+        if np.issubdtype(dtype, np.integer):
+            bits = jax.random.bits(jax.random.key(0), shape, f"uint{8 * dtype.itemsize}")
+            return jax.lax.bitcast_convert_type(bits, dtype)
         return _normal(shape, dtype) if dtype == format.values else jnp.full(shape, scale * unit, dtype)
 
     weight = blank(format, shape, dtype, part)
@@ -174,7 +175,7 @@ def ffn(config: decoder.Config, dtype: str, T: int) -> Case:
     """The gated feed-forward layer, added to the stream."""
     D, F = config.width, config.ffn
     make = lambda: Arrays(_normal((T, D), jnp.float32), {
-        "gate_up": _weight((2 * F, D), dtype), "down": _weight((D, F), dtype)})
+        "gate_up": weight((2 * F, D), dtype), "down": weight((D, F), dtype)})
     call = lambda x_TD, weights, *_: (x_TD + decoder.ffn(config, weights, x_TD, None), ())  # it reads nothing of a run
     moved = _nbytes(dtype, 3, F, D) + _nbytes("float32", T, 2 * D)
     return Case("gated FFN", _tokens(T), call, make, 6 * T * F * D, moved, dtype, 4)
@@ -186,7 +187,7 @@ def matmul(config: decoder.Config, dtype: str, multiplies: str, T: int, format: 
     D, F = config.width, config.ffn
 
     def make() -> Arrays:
-        return Arrays(_normal((T, D), jnp.float32), tuple(_weight(OI, dtype, format) for OI in ((F, D), (D, F))))
+        return Arrays(_normal((T, D), jnp.float32), tuple(weight(OI, dtype, format) for OI in ((F, D), (D, F))))
 
     def call(x_TD, weights, *_):
         for w_OI in weights:
@@ -204,7 +205,7 @@ def routed(config: decoder.Config, dtype: str, T: int, E: int, A: int) -> Case:
     D, F, rng = config.width, config.ffn, np.random.default_rng(T)
     expert_TA = np.argsort(rng.random((T, E)))[:, :A].astype(np.int32)
     make = lambda: Arrays(_normal((T, D), jnp.float32), {
-        "gate_up": _weight((E, 2 * F, D), dtype), "down": _weight((E, D, F), dtype)},
+        "gate_up": weight((E, 2 * F, D), dtype), "down": weight((E, D, F), dtype)},
         shared=(jnp.asarray(expert_TA), jnp.full((T, A), 1 / A)))
 
     def call(x_TD, weights, _state, routes):

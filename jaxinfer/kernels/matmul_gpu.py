@@ -40,13 +40,17 @@ class Blocks(NamedTuple):
     programs: int = 96
 
 
-INT4_BLOCKS = Blocks(inputs=256, warps=2, stages=4, programs=192)  # two warps: Ampere's units, which nobody waits for
+def int4_blocks(rows: int) -> Blocks:
+    """By default two warps, and so Ampere's matrix units, which no warp waits for; the sums of 64 tokens need the
+    registers of four."""
+    size = Blocks(inputs=256, warps=2, stages=4, programs=192)
+    return size._replace(inputs=128, warps=4) if rows > 32 else size
 
 
 def blocks(rows: int, is_int4: bool, is_gated: bool) -> Blocks:
     """For a block of so many tokens."""
     if is_int4:
-        return tuned(f"few_int4_gated/1/{rows}" if is_gated else f"few_int4/1/{rows}", INT4_BLOCKS)
+        return tuned(f"few_int4_gated/1/{rows}" if is_gated else f"few_int4/1/{rows}", int4_blocks(rows))
     return tuned(f"few_gated/1/{rows}" if is_gated else f"few/1/{rows}", Blocks(stages=3 if is_gated else 5))
 
 
