@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Params, Run, StateGroup
 from jaxinfer.graphs.rope import Rope, turns
-from jaxinfer.kernels import attend, embed_rows, gated, matmul, rms_norm, rope, route, routed_ffn, split
+from jaxinfer.kernels import attend, embed_rows, gated, matmul, project, rms_norm, rope, route, routed_ffn, split
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -237,5 +237,5 @@ def norm(config: Config, params: Params, name: str, x: jax.Array) -> jax.Array:
 
 def linear(params: Params, name: str, x_TI: jax.Array) -> jax.Array:
     """A matmul and, where this decoder has one, its bias."""
-    y_TO = matmul(x_TI, params[name])
+    y_TO = project(x_TI, params[name])
     return y_TO + params[f"{name}_bias"][None] if f"{name}_bias" in params else y_TO

@@ -13,7 +13,7 @@ import jax
 
 from jaxinfer.graph import Block, Graph, Leaf, Pages, Params, Run, StateGroup
 from jaxinfer.graphs.decoder import ACTIVATIONS
-from jaxinfer.kernels import attend, embed_rows, layer_norm, matmul, split
+from jaxinfer.kernels import attend, embed_rows, layer_norm, matmul, project, split
 
 GROUP = "full"
 
@@ -128,4 +128,4 @@ def norm(config: Config, params: Params, x: jax.Array) -> jax.Array:
 
 
 def linear(params: Params, x_TI: jax.Array) -> jax.Array:
-    return matmul(x_TI, params["weight"]) + params["bias"][None]
+    return project(x_TI, params["weight"]) + params["bias"][None]

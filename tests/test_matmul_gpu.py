@@ -11,7 +11,7 @@ from hypothesis import given
 from jax.sharding import AbstractMesh
 
 from jaxinfer.graphs.decoder import ACTIVATIONS
-from jaxinfer.kernels import gated, matmul, tracing
+from jaxinfer.kernels import gated, matmul, project, tracing
 from jaxinfer.kernels.matmul import BATCH
 from jaxinfer.kernels.quantised import FP8, INT4, INT8, Quantised, blank, quantise
 from jaxinfer.kernels.tuned import trying
@@ -86,8 +86,31 @@ def test_what_is_gated_on_a_gpu_is_the_references_to_the_weights_rounding(name, 
     np.testing.assert_allclose(found_TF.astype(jnp.float32), expected_TF, atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("tokens", [3, 17])
+@given(seed=SEEDS)
+def test_weights_of_eight_bits_are_multiplied_as_what_they_stand_for(tokens, seed):
+    x_TI, w_OI = arrays(seed, tokens)
+    w_OI = jax.tree.map(jnp.asarray, quantise(np.asarray(w_OI, np.float32), blank(INT8, w_OI.shape, "bfloat16")))
+    found_TO, expected_TO = forced["few"](x_TI, w_OI), forced["reference"](x_TI, w_OI)
+    np.testing.assert_allclose(found_TO, expected_TO, atol=2e-5, rtol=1e-5)
+    found_TF = gated(x_TI, w_OI, jax.nn.silu, how="few")
+    expected_TF = gated(x_TI, w_OI, jax.nn.silu, how="reference")
+    np.testing.assert_allclose(found_TF.astype(jnp.float32), expected_TF, atol=2e-2, rtol=1e-2)
+
+
+def test_what_is_added_to_a_stream_is_rounded_where_tokens_are_many():
+    x_TI, w_OI = arrays(2, BATCH + 1)
+    found_TO, exact_TO = (project(x_TI, w_OI, how=how) for how in ("rounded", "reference"))
+    assert found_TO.dtype == jnp.float32 and (found_TO == found_TO.astype(jnp.bfloat16)).all()
+    np.testing.assert_allclose(found_TO, exact_TO, rtol=2**-8, atol=1e-5)
+    assert [chosen(tokens, WEIGHTS, "project") for tokens in (BATCH, BATCH + 1)] == ["reference", "rounded"]
+    int8, fp8 = (blank(format, WEIGHTS.shape, jnp.bfloat16) for format in (INT8, FP8))
+    assert [chosen(BATCH + 1, w, "project") for w in (int8, fp8)] == ["reference", "rounded"]
+
+
 def chosen(tokens: int, w_OI, op: str = "matmul", activation="silu", bias=None, **how) -> str:
-    act = {"matmul": matmul, "gated": lambda x, w: gated(x, w, ACTIVATIONS[activation], bias_O=bias)}[op]
+    act = {"matmul": matmul, "project": project,
+           "gated": lambda x, w: gated(x, w, ACTIVATIONS[activation], bias_O=bias)}[op]
     with tracing("gpu", **how) as traced:
         jax.eval_shape(act, jax.ShapeDtypeStruct((tokens, w_OI.shape[1]), jnp.float32), w_OI)
     return traced.chosen[op if op in traced.chosen else f"{op}_{w_OI.format}"]
@@ -96,21 +119,21 @@ def chosen(tokens: int, w_OI, op: str = "matmul", activation="silu", bias=None, 
 def test_it_is_taken_for_few_tokens_and_whole_blocks_on_one_device():
     odd, exact = (jax.ShapeDtypeStruct(*args) for args in (((250, 384), jnp.bfloat16), ((256, 384), jnp.float32)))
     assert [chosen(tokens, WEIGHTS) for tokens in (1, BATCH, BATCH + 1)] == ["few", "few", "reference"]
-    assert [chosen(8, w) for w in (odd, exact, blank(INT8, (256, 384), jnp.bfloat16))] == ["reference"] * 3
+    assert [chosen(8, w) for w in (odd, exact)] == ["reference"] * 2
     assert chosen(8, WEIGHTS, mesh=AbstractMesh((2,), ("model",))) == "reference"
     assert [chosen(tokens, WEIGHTS, "gated") for tokens in (8, BATCH + 1)] == ["few", "rounded"]
     assert chosen(8, WEIGHTS, "gated", bias=jnp.zeros(256)) == chosen(8, WEIGHTS, "gated", "gelu") == "rounded"
     fp8 = blank(FP8, (256, 384), jnp.bfloat16)
     assert chosen(8, fp8, "gated") == "rounded"
     assert chosen(8, fp8, "gated", forced={"matmul_fp8": "reference"}) == "reference", "which keeps activations"
-    assert chosen(8, blank(INT8, (256, 384), jnp.bfloat16), "gated") == "reference"
 
 
-def test_for_weights_of_four_bits_too():
-    int4 = blank(INT4, WEIGHTS.shape, jnp.bfloat16)
-    assert [chosen(tokens, int4) for tokens in (1, BATCH, BATCH + 1)] == ["few", "few", "reference"]
-    odd = (blank(INT4, *args) for args in (((256, 192), jnp.bfloat16), ((256, 384), jnp.float32)))
+@pytest.mark.parametrize("format", [INT8, INT4], ids=lambda format: format.name)
+def test_for_weights_of_eight_and_four_bits_too(format):
+    small = blank(format, WEIGHTS.shape, jnp.bfloat16)
+    assert [chosen(tokens, small) for tokens in (1, BATCH, BATCH + 1)] == ["few", "few", "reference"]
+    odd = (blank(format, *args) for args in (((256, 192), jnp.bfloat16), ((256, 384), jnp.float32)))
     assert [chosen(8, w) for w in odd] == ["reference"] * 2
-    assert chosen(8, int4, mesh=AbstractMesh((2,), ("model",))) == "reference"
-    assert [chosen(tokens, int4, "gated") for tokens in (8, BATCH + 1)] == ["few", "reference"]
-    assert chosen(8, int4, "gated", bias=jnp.zeros(256)) == chosen(8, int4, "gated", "gelu") == "reference"
+    assert chosen(8, small, mesh=AbstractMesh((2,), ("model",))) == "reference"
+    assert [chosen(tokens, small, "gated") for tokens in (8, BATCH + 1)] == ["few", "reference"]
+    assert chosen(8, small, "gated", bias=jnp.zeros(256)) == chosen(8, small, "gated", "gelu") == "reference"

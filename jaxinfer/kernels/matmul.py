@@ -3,7 +3,8 @@
 An op's reference says what the weights stand for. `w8a8` rounds the activations too, to eight bits with a scale for
 each token; `w8a16` keeps what that rounding left, in eight bits more. What they compute is exact in its integers, and
 a token's result depends on nothing but the token. `gated` is two matmuls of the same activations, and what a gated
-feed-forward layer does with them; on GPUs it may be in the weights' dtype.
+feed-forward layer does with them, and `project` a matmul whose result is added to a stream or attended to: of many
+tokens, these results a GPU rounds to the weights' dtype.
 
 Axes: T tokens, I inputs, O outputs, G groups of i inputs. Weights are [O, I], the result is float32 [T, O]: the
 residual stream stays exact, and only the operands of a matmul are rounded.
@@ -61,8 +62,8 @@ def _dense_rows(x_TI: jax.Array, w_OI: jax.Array) -> jax.Array:
 
 
 def takes_few(x_TI: jax.Array, w_OI: jax.Array | Quantised) -> bool:
-    """Whether our kernel is for such a matmul: on one device, of numbers of two bytes (or of four bits in the place of
-    such), and of whole blocks."""
+    """Whether our kernel is for such a matmul: on one device, of numbers of two bytes (or of eight or four bits in the
+    place of such), and of whole blocks."""
     O, I = w_OI.shape
     return len(x_TI) <= BATCH and w_OI.dtype.itemsize == 2 and O % 64 == I % 128 == 0 and devices() == 1
 
@@ -146,7 +147,7 @@ def _in_slices(x_TI: jax.Array, w_OI: Quantised) -> jax.Array:
 
 
 matmul_int8 = Op("matmul_int8", reference=_weight_only, fast={
-    "w8a16": (("cpu", "tpu"), _w8a16), "w8a8": (("cpu", "tpu"), _w8a8_int8)})
+    "few": (("gpu",), _few, takes_few), "w8a16": (("cpu", "tpu"), _w8a16), "w8a8": (("cpu", "tpu"), _w8a8_int8)})
 matmul_fp8 = Op("matmul_fp8", reference=_weight_only, fast={
     "w8a8": (("gpu",), _w8a8_fp8), "in_slices": (("cpu",), _in_slices)})
 matmul_int4 = Op("matmul_int4", reference=_grouped, fast={
@@ -170,11 +171,19 @@ def _gate(y_TO: jax.Array, activation: Callable, bias_O: jax.Array | None) -> ja
 
 def _gated_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable,
                    bias_O: jax.Array | None = None) -> jax.Array:
+    return _gate(_rounded(x_TI, w_OI), activation, bias_O)
+
+
+def _project(x_TI: jax.Array, w_OI: jax.Array | Quantised) -> jax.Array:
+    return matmul(x_TI, w_OI)
+
+
+def _rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised) -> jax.Array:
     """What the matmul gives is rounded to the weight's dtype: what prompts make would otherwise be written and read in
-    twice as many bytes, and what becomes of it is rounded for the next matmul anyway."""
+    twice as many bytes (an eighth of a layer's time beside its matmuls, an 8B on an H200)."""
     if isinstance(w_OI, Quantised):
-        return _gate(_w8a8_fp8(x_TI, w_OI, w_OI.dtype), activation, bias_O)
-    return _gate(_dot(x_TI.astype(w_OI.dtype), w_OI, w_OI.dtype), activation, bias_O)
+        return _w8a8_fp8(x_TI, w_OI, w_OI.dtype)
+    return _dot(x_TI.astype(w_OI.dtype), w_OI, w_OI.dtype).astype(jnp.float32)
 
 
 def _gated_few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable, bias_O: None = None) -> jax.Array:
@@ -194,10 +203,16 @@ def in_triton(activation: Callable) -> bool:
 def takes_gated_few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable,
                     bias_O: jax.Array | None = None) -> bool:
     """What `few` takes, with an activation that Pallas has in Triton."""
-    if bias_O is not None or w_OI.shape[0] % 128 or (isinstance(w_OI, Quantised) and w_OI.format != INT4.name):
+    if bias_O is not None or w_OI.shape[0] % 128 or (isinstance(w_OI, Quantised) and w_OI.format == FP8.name):
         return False
     return takes_few(x_TI, w_OI) and in_triton(activation)
 
 
+def takes_many_rounded(x_TI: jax.Array, w_OI: jax.Array | Quantised) -> bool:
+    """A few tokens' results are hardly read: they stay as they are."""
+    return len(x_TI) > BATCH and takes_rounded(x_TI, w_OI)
+
+
+project = Op("project", reference=_project, fast={"rounded": (("gpu",), _rounded, takes_many_rounded)})
 gated = Op("gated", reference=_gated, fast={
     "few": (("gpu",), _gated_few, takes_gated_few), "rounded": (("gpu",), _gated_rounded, takes_rounded)})

@@ -1,6 +1,6 @@
 """Matmuls of few tokens on NVIDIA GPUs, written in Pallas for Triton. They wait for the weights and for nothing else:
-every program reads its outputs' weights once, whatever the tokens are. Weights of four bits are unpacked in registers,
-on the way from memory to the matrix units.
+every program reads its outputs' weights once, whatever the tokens are. Weights of eight and four bits are widened in
+registers, on the way from memory to the matrix units.
 
 Axes: T tokens, I inputs, O outputs (of which a gated layer makes half), C splits of the inputs; of a block that a
 program reads at a time, b inputs, which are one dot, and w words.
@@ -47,40 +47,38 @@ def int4_blocks(rows: int) -> Blocks:
     return size._replace(inputs=128, warps=4) if rows > 32 else size
 
 
-def blocks(rows: int, is_int4: bool, is_gated: bool) -> Blocks:
-    """For a block of so many tokens."""
-    if is_int4:
-        return tuned(f"few_int4_gated/1/{rows}" if is_gated else f"few_int4/1/{rows}", int4_blocks(rows))
-    return tuned(f"few_gated/1/{rows}" if is_gated else f"few/1/{rows}", Blocks(stages=3 if is_gated else 5))
+def blocks(rows: int, format: str | None, is_gated: bool) -> Blocks:
+    """For a block of so many tokens, and weights of this format (None: arrays)."""
+    default = int4_blocks(rows) if format == INT4.name else Blocks(stages=3 if is_gated else 5)
+    return tuned("few" + (f"_{format}" if format else "") + "_gated" * is_gated + f"/1/{rows}", default)
 
 
 def few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable | None = None) -> jax.Array:
     """`x @ w.T` in float32; with an `activation`, that of its first half times the second, in the weights' dtype.
 
-    Against weights of four bits, activations and weights are rounded to float16.
+    Activations are rounded to the weights' dtype, and against weights of four bits both to float16.
     """
-    is_int4 = isinstance(w_OI, Quantised)
+    format = w_OI.format if isinstance(w_OI, Quantised) else None
     (T, I), O = x_TI.shape, w_OI.shape[0] // (2 if activation else 1)
     rows = max(TILE, power(T))
-    size = blocks(rows, is_int4, activation is not None)
+    size = blocks(rows, format, activation is not None)
     inputs = min(size.inputs, I & -I)  # whole blocks
     C = 1 if activation else min(power(-(-size.programs * size.outputs // O)), I // inputs)
     C = next(c for c in (C, C // 2, C // 4, 1) if c and not I // inputs % c)  # whole blocks each
-    if isinstance(w_OI, Quantised):
-        operands = (x_TI * RANGE**-1).astype(jnp.float16), w_OI.values, w_OI.scale, w_OI.minimum
-        one, read, unit = INT4.group, _int4, RANGE
+    if format == INT4.name:
+        x_TI, one, read = (x_TI * RANGE**-1).astype(jnp.float16), INT4.group, _int4
     else:
-        operands, one, read, unit = (x_TI.astype(w_OI.dtype), w_OI), inputs, _dense, 1.0
+        x_TI, one, read = x_TI.astype(w_OI.dtype), inputs, _whole
     out = jax.ShapeDtypeStruct((C, T, O), w_OI.dtype if activation else jnp.float32)
-    kernel = partial(_few_kernel, rows=rows, outputs=size.outputs, inputs=inputs, one=one, read=read, unit=unit,
+    kernel = partial(_few_kernel, rows=rows, outputs=size.outputs, inputs=inputs, one=one, read=read,
                      activation=activation)
-    y_CTO = call(kernel, (size.warps, size.stages), grid=(O // size.outputs, C), out=out)(*operands)
+    y_CTO = call(kernel, (size.warps, size.stages), grid=(O // size.outputs, C), out=out)(x_TI, *jax.tree.leaves(w_OI))
     return reduce(add, y_CTO)  # XLA does that while it does what comes next, as it would not with a sum over an axis
 
 
-def _few_kernel(x_ref, *refs, rows, outputs, inputs, one, read, unit, activation):
+def _few_kernel(x_ref, *refs, rows, outputs, inputs, one, read, activation):
     """All tokens, some outputs (with an activation: two times as many), and one split of the inputs. `read` gives the
-    n-th block of weights as [O, b] for each dot of `one` inputs; what comes of them is to be multiplied by `unit`."""
+    n-th block of weights as [O, b] for each dot of `one` inputs."""
     *w_refs, y_ref = refs
     (o, c), (C, T, O), I = (pl.program_id(axis) for axis in range(2)), y_ref.shape, x_ref.shape[1]
     t_T, o_O, b_b = jnp.arange(rows), o * outputs + jnp.arange(outputs), jnp.arange(one)
@@ -90,23 +88,33 @@ def _few_kernel(x_ref, *refs, rows, outputs, inputs, one, read, unit, activation
         n = c * each + i
         x_nTb = [load(x_ref, t_T[:, None], (n * inputs + b + b_b)[None], mask=real if real is True else real[:, None])
                  for b in range(0, inputs, one)]
-        w_nOb = [read(w_refs, half * O + o_O, n, inputs) for half in range(len(sums))]
+        w_nOb = [read(w_refs, half * O + o_O, n, inputs, x_ref.dtype) for half in range(len(sums))]
         for x_Tb, *ws in zip(x_nTb, *w_nOb, strict=True):
             sums = tuple(y_OT + dot(w_Ob, x_Tb, trans_b=True) for y_OT, w_Ob in zip(sums, ws, strict=True))
         return sums
 
     start = (jnp.zeros((outputs, rows), jnp.float32),) * (2 if activation else 1)
-    sums = [y_OT * unit for y_OT in lax.fori_loop(0, each, step, start)]
+    sums = [y_OT * _unit(w_refs, half * O + o_O) for half, y_OT in enumerate(lax.fori_loop(0, each, step, start))]
     y_OT = activation(sums[0]) * sums[1] if activation else sums[0]
     store(y_ref, y_OT, c, t_T[None], o_O[:, None], mask=real if real is True else real[None])
 
 
-def _dense(refs, o_O, n, inputs):
-    """One dot of all inputs, with the weights as they are."""
-    return [_stream(refs[0], o_O, n, inputs)]
+def _unit(refs, o_O):
+    """What sums are to be multiplied by: nothing, a scale for each output, or what activations were divided by."""
+    match refs:
+        case [_]:
+            return 1.0
+        case [_, scale_ref]:
+            return plt.load(scale_ref.at[o_O])[:, None]
+    return RANGE
 
 
-def _int4(refs, o_O, n, inputs):
+def _whole(refs, o_O, n, inputs, dtype):
+    """One dot of all inputs, with the weights as they are, or numbers of eight bits."""
+    return [_stream(refs[0], o_O, n, inputs).astype(dtype)]
+
+
+def _int4(refs, o_O, n, inputs, _dtype):
     """A dot for each group."""
     words_ref, *of_groups = refs
     lane, groups = INT4.group, inputs // INT4.group
