@@ -271,7 +271,10 @@ def test_an_implementation_of_ones_own_is_taken_where_it_is_forced_or_the_only_o
     assert op.available("cpu") == ["shift", "mine", "reference"] and op.available("tpu") == ["reference"]
     with tracing("cpu", {"halve": "mine"}) as trace:
         assert type(op(4)) is float and trace.chosen == {"halve": "mine"}
+        assert (op(-4), op(-3), op(2)) == (-2, -1.5, 1.0) and trace.chosen == {"halve": "mine+shift+reference"}
         with pytest.raises(ValueError, match="halve: 'mine' was asked for, and is not for a call"):
-            op(-4)
+            op(-4, how="mine")
+    with tracing("cpu", {"halve": "abacus"}), pytest.raises(ValueError, match="halve has no implementation 'abacus'"):
+        op(4)
     with pytest.raises(ValueError, match="cannot be replaced"):
         op.add("reference", ("cpu",), abs)
