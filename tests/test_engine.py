@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import jaxinfer as ji
 from jaxinfer import events
-from jaxinfer.compiler import buckets
+from jaxinfer.compiler import Key, buckets
 from jaxinfer.compiler.executables import MOST_FUNCTIONS
 from jaxinfer.errors import (
     Closed,
@@ -32,7 +32,7 @@ from jaxinfer.errors import (
 )
 from jaxinfer.graph import Run, forward
 from jaxinfer.graphs import decoder
-from jaxinfer.kernels import init_pages, tracing
+from jaxinfer.kernels import attend, init_pages, tracing
 from jaxinfer.runtime import memory as planning
 from tests.running import all_free, eventually
 
@@ -392,6 +392,33 @@ def test_kernels_are_forced_where_they_are_named_and_nowhere_else(tiny_path, lm)
         chosen = [entry.kernels for entry in other.ledger if "attend" in entry.kernels]
     assert chosen and all(c["attend"] == "reference" and c["matmul"] == "two_rows" for c in chosen)
     assert {entry.kernels["attend"] for entry in lm.ledger if "attend" in entry.kernels} == {"visits"}
+
+
+def test_a_kernel_for_some_calls_serves_those_and_the_ledger_tells(tiny_path, lm):
+    decode_only = lambda q, k, v, pages, run, **_: run.longest == 1
+    attend.add("mine", ("cpu",), attend.reference, decode_only)
+    try:
+        with ji.load(tiny_path, max_context=256, max_rows=2, kernels={"attend": "mine"}) as other:
+            other._engine.executables.compile_all(*(Key("forward", b) for b in (buckets.prompt(32), buckets.decode(1))))
+            assert other("Once", max_tokens=8).tokens == lm("Once", max_tokens=8).tokens
+            chosen = {e.name: e.kernels["attend"] for e in other.ledger if e.hits and "attend" in e.kernels}
+        assert chosen == {"forward[T=32,R=1]": "visits", "forward[T=1,R=1]": "mine"}
+    finally:
+        del attend.fast["mine"]
+
+
+@pytest.mark.parametrize(("kernels", "message"), [
+    ({"attend": "mine"}, "'mine' of attend is for no call in the programs of this model; they take visits$"),
+    ({"matmul_fp8": "in_slices"}, "'in_slices' of matmul_fp8 .*; none of them calls matmul_fp8$"),
+])
+def test_a_kernel_that_would_never_run_is_refused_before_anything_is_loaded(tiny_path, monkeypatch, kernels, message):
+    monkeypatch.setattr("jaxinfer.runtime.load.load_params", None)
+    attend.add("mine", ("cpu",), attend.reference, lambda *args, **_: False)
+    try:
+        with pytest.raises(InvalidOption, match=message):
+            ji.load(tiny_path, max_context=64, max_rows=1, kernels=kernels)
+    finally:
+        del attend.fast["mine"]
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [

@@ -47,7 +47,8 @@ CASES = {
     "mixed": dict(shape=MIXED, heads=(4, 2), dtype="bfloat16"),
     "mixed in a window": dict(shape=MIXED, heads=(6, 2), window=7, softcap=5.0),
     "mixed over int8": dict(shape=MIXED, heads=(4, 2), kv_cache_dtype="int8", sinks=True),
-    "mixed over fp8": dict(shape=MIXED, heads=(6, 2), kv_cache_dtype="fp8", dtype="bfloat16", window=7, softcap=5.0),
+    "mixed over fp8": dict(shape=MIXED, heads=(6, 2), kv_cache_dtype="fp8", dtype="bfloat16", window=7, softcap=5.0,
+                           sinks=True),
     "a prompt beside decode rows": dict(shape=MIXED_SINGLES, heads=(4, 2)),
     "a prompt beside decode rows in a window": dict(shape=MIXED_SINGLES, heads=(6, 2), window=5, dtype="bfloat16",
                                                     sinks=True),
@@ -96,8 +97,8 @@ def attend_for_gpus(*args, **options):
     return attend_triton(*args, **options)
 
 
-@pytest.mark.parametrize("name", ["decode in a window", "prompt", "mixed in a window", "decode over int8",
-                                  "mixed over fp8"])
+@pytest.mark.parametrize("name", ["decode in a window", "decode with sinks", "prompt", "mixed in a window",
+                                  "decode over int8", "mixed over fp8"])
 @given(data=st.data())
 def test_the_kernels_for_gpus_attend_as_the_reference_does(name, data):
     check_op(attend_for_gpus, data.draw(attend_cases(**CASES[name])), reference=attend.reference)
@@ -108,7 +109,8 @@ def test_the_kernels_for_gpus_attend_as_the_reference_does(name, data):
 def test_pages_that_triton_cannot_read_are_left_to_others(slots, width, taken):
     page = jnp.zeros((2, 1, slots, width))
     x = jnp.zeros((1, 1, width))
-    assert attend.takes("triton", x, x, x, Pages(page, page), None) is taken
+    for options in ({}, {"sinks_N": jnp.zeros(1), "window": 5, "softcap": 3.0}):
+        assert attend.takes("triton", x, x, x, Pages(page, page), None, **options) is taken
 
 
 @cache
@@ -269,7 +271,10 @@ def test_an_implementation_of_ones_own_is_taken_where_it_is_forced_or_the_only_o
     assert op.available("cpu") == ["shift", "mine", "reference"] and op.available("tpu") == ["reference"]
     with tracing("cpu", {"halve": "mine"}) as trace:
         assert type(op(4)) is float and trace.chosen == {"halve": "mine"}
+        assert (op(-4), op(-3), op(2)) == (-2, -1.5, 1.0) and trace.chosen == {"halve": "mine+shift+reference"}
         with pytest.raises(ValueError, match="halve: 'mine' was asked for, and is not for a call"):
-            op(-4)
+            op(-4, how="mine")
+    with tracing("cpu", {"halve": "abacus"}), pytest.raises(ValueError, match="halve has no implementation 'abacus'"):
+        op(4)
     with pytest.raises(ValueError, match="cannot be replaced"):
         op.add("reference", ("cpu",), abs)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from jaxinfer.graphs.decoder import ACTIVATIONS
 from jaxinfer.kernels import gated, matmul, project, tracing
 from jaxinfer.kernels.matmul import BATCH
-from jaxinfer.kernels.quantised import FP8, INT4, INT8, Quantised, blank, quantise
+from jaxinfer.kernels.quantised import FORCED, FP8, INT4, INT8, Quantised, blank, quantise
 from jaxinfer.kernels.tuned import trying
 from jaxinfer.testing import SEEDS
 
@@ -131,9 +131,11 @@ def test_it_is_taken_for_few_tokens_and_whole_blocks_on_one_device():
 @pytest.mark.parametrize("format", [INT8, INT4], ids=lambda format: format.name)
 def test_for_weights_of_eight_and_four_bits_too(format):
     small = blank(format, WEIGHTS.shape, jnp.bfloat16)
-    assert [chosen(tokens, small) for tokens in (1, BATCH, BATCH + 1)] == ["few", "few", "reference"]
+    other = "weight_only" if format is INT8 else "reference"
+    assert [chosen(tokens, small) for tokens in (1, BATCH, BATCH + 1)] == ["few", "few", other]
     odd = (blank(format, *args) for args in (((256, 192), jnp.bfloat16), ((256, 384), jnp.float32)))
-    assert [chosen(8, w) for w in odd] == ["reference"] * 2
-    assert chosen(8, small, mesh=AbstractMesh((2,), ("model",))) == "reference"
+    assert [chosen(8, w) for w in odd] == [other] * 2
+    assert chosen(8, small, mesh=AbstractMesh((2,), ("model",))) == other
+    assert chosen(8, small, "gated", forced=FORCED["w8a8"]) == "reference", "which rounds activations"
     assert [chosen(tokens, small, "gated") for tokens in (8, BATCH + 1)] == ["few", "reference"]
     assert chosen(8, small, "gated", bias=jnp.zeros(256)) == chosen(8, small, "gated", "gelu") == "reference"

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxinfer as ji
+from jaxinfer import kernels
 from jaxinfer.errors import CheckpointMismatch, InvalidOption
 from jaxinfer.frontend.dequantize import FORMATS as BLOCKS
 from jaxinfer.frontend.gguf import open_gguf
@@ -22,7 +23,7 @@ from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Graph, Leaf
 from jaxinfer.kernels import embed_rows, matmul, matmul_int8
 from jaxinfer.kernels.matmul import OPS, SLICE
-from jaxinfer.kernels.quantised import FP8, INT4, INT8, SCHEMES, blank, finite, format_of, quantise
+from jaxinfer.kernels.quantised import FORCED, FP8, INT4, INT8, SCHEMES, blank, finite, format_of, quantise
 from jaxinfer.runtime import memory as planning
 from jaxinfer.testing import SEEDS
 from tests import tiny
@@ -318,4 +319,10 @@ def test_an_op_for_weights_of_one_kind_has_no_way_of_another():
     held = quantised(weight(0, (4, 32)), INT8)
     with pytest.raises(ValueError, match="matmul_int8 has no implementation 'few'"):
         matmul(jnp.ones((2, 32)), held, how="few")
-    assert matmul_int8.available("gpu") == ["reference"] and matmul_int8.available("tpu")[0] == "w8a16"
+    assert [matmul_int8.available(platform)[0] for platform in ("gpu", "tpu")] == ["weight_only", "w8a16"]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_a_scheme_asks_for_nothing_that_a_platform_has_not(platform):
+    for ways in FORCED.values():
+        assert all(how in kernels.OPS[op].available(platform) for op, how in ways.items())

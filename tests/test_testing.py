@@ -72,6 +72,13 @@ def test_a_result_of_another_dtype_is_another_result():
         check_op(lambda x: x, case, reference=lambda x: x.astype(jnp.int32))
 
 
+@given(case=attend_cases(MIXED, page_size=16, width=16, sinks=True), weights=matmul_cases(8, 128, 64, "bfloat16"))
+def test_cases_can_be_drawn_for_the_kernels_of_gpus(case, weights):
+    assert attend.takes("triton", *case.args, **case.arrays, **case.options)
+    assert matmul_dense.takes("few", *weights.args)
+    assert case.args[3].shape[2:] == (16, 16) and max(at for _, at in case.ragged.tokens) < 16 * MIXED.P
+
+
 @given(case=attend_cases(MIXED, sinks=True, window=5, dtype="bfloat16"))
 def test_a_case_prints_shapes_not_numbers(case):
     assert "bfloat16[40, 2, 4, 8]" in repr(case) and len(repr(case)) < 2000

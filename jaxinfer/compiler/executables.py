@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -45,7 +45,7 @@ class Executables(Programs):
 
     `params` and `state` may be arrays or `ShapeDtypeStruct`s: only shapes are read. `table_width` is the number of
     pages per row of each page table, `max_context` the tokens of a row's history, `forced` names implementations that
-    ops must take. `get` blocks only when nothing that is ready can serve.
+    ops take wherever they can. `get` blocks only when nothing that is ready can serve.
 
     Kinds: "forward" (params, state, last_S, run) -> state, logits_RV; of several steps, with how each row draws,
     "greedy_steps" and "steps" -> state, last_S, tokens_NR; "score" and "embed" read a prompt for its own sake;
@@ -219,16 +219,31 @@ class Executables(Programs):
     def warmup(self, buckets: Iterable[Bucket] | None = None) -> None:
         """Compile everything (or what `buckets` need), so that no step compiles afterwards. Users' functions, and
         scoring and embedding, are compiled when they are first asked for, before their request is admitted."""
-        buckets = tuple(self.ladder.buckets if buckets is None else buckets)
-        rows = sorted({b.rows for b in buckets if b.steps == 1})
-        kinds = "greedy", "sample", "edited", "logprobs"
-        keys = [*(key for bucket in buckets for key in _forwards(bucket)),
-                *(Key(kind, r) for r, kind in itertools.product(rows, kinds)), Key("copy"), Key("history")]
-        self.compile_all(*keys)
+        self.compile_all(*_keys(self.ladder.buckets if buckets is None else tuple(buckets)))
+
+    def taken(self, op: str, how: str) -> list[str]:
+        """The implementations that the programs of steps take of an op, up to the first program that takes `how`. Those
+        that are being compiled anyway come first, then those that are traced quickly."""
+        found: dict[str, None] = {}
+        slow = lambda key: (key not in self._pending, isinstance(key.shape, Bucket))
+        for key in sorted(_keys(self.ladder.buckets), key=slow):
+            if how in found:
+                break
+            if ways := self.chosen(key).get(op):
+                found.update(dict.fromkeys(ways.split("+")))
+        return list(found)
 
     def close(self) -> None:
         super().close()
         self._functions.clear()
+
+
+def _keys(buckets: Sequence[Bucket]) -> list[Key]:
+    """What a step in these buckets may need, but for users' functions, scores and embeddings."""
+    rows = sorted({b.rows for b in buckets if b.steps == 1})
+    kinds = "greedy", "sample", "edited", "logprobs"
+    return [*(key for bucket in buckets for key in _forwards(bucket)),
+            *(Key(kind, r) for r, kind in itertools.product(rows, kinds)), Key("copy"), Key("history")]
 
 
 def _forward(bucket: Bucket) -> Key:

@@ -7,6 +7,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ from jaxinfer.compiler import cache
 from jaxinfer.compiler.ledger import Ledger
 from jaxinfer.compiler.placement import Placement
 from jaxinfer.errors import Closed
+from jaxinfer.kernels.op import Tracing
 
 
 class Programs:
     """The compiled programs of one model on one device, or as it is placed on several. `lower(key)` says what a key's
-    program is; `str(key)` is its name. `forced` names implementations that ops must take. Compiles run on two threads.
+    program is; `str(key)` is its name. `forced` names implementations that ops take wherever they can. Compiles run on
+    two threads.
     """
 
     params: Any  # the weights' shapes and dtypes
@@ -46,12 +49,25 @@ class Programs:
     def _array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.place.whole)
 
+    def _tracing(self) -> AbstractContextManager[Tracing]:
+        where = self.place.mesh, self.place.axes, self.place.device.device_kind
+        return kernels.tracing(self.platform, self.forced, *where)
+
+    def chosen(self, key: Any) -> Mapping[str, str]:
+        """The implementations that a program takes, by op: once it is compiled if that has been started, else it is
+        only traced."""
+        if pending := self._pending.get(key):
+            pending.result()
+            return self.ledger[str(key)].kernels
+        with self._tracing() as trace:
+            self.lower(key)
+        return trace.chosen
+
     def _compile(self, key: Any) -> Callable:
         name = str(key)
         events.emit(events.Compiling(name))
         start = time.perf_counter()
-        where = self.place.mesh, self.place.axes, self.place.device.device_kind
-        with cache.watch() as hits, kernels.tracing(self.platform, self.forced, *where) as trace:
+        with cache.watch() as hits, self._tracing() as trace:
             compiled = self.lower(key).compile()
         entry = self.ledger[name]
         entry.origin, entry.seconds = "disk" if hits else "compiled", time.perf_counter() - start

@@ -222,10 +222,9 @@ def attend_by_page(q_TNH, k_TKH, v_TKH, pages, run, *, group, scale, window=None
     return _normalise(top_TKG, sum_TKG, out_TKGH, sinks_KG).reshape(T, N, H), pages
 
 
-def takes_triton(q_TNH, k_TKH, v_TKH, pages, run, *, sinks_N=None, **_) -> bool:
-    """Calls without sinks, over pages of the usual layout whose slots and heads fill a tile of Triton's; it wants a
-    power of two of the slots."""
-    if not isinstance(pages, Pages | QuantisedPages) or sinks_N is not None:
+def takes_triton(q_TNH, k_TKH, v_TKH, pages, run, **_) -> bool:
+    """Pages of the usual layout whose slots and heads fill a tile of Triton's; it wants a power of two of the slots."""
+    if not isinstance(pages, Pages | QuantisedPages):
         return False
     slots, width = pages.shape[2:]
     return min(slots, width) >= TILE and slots & (slots - 1) == 0

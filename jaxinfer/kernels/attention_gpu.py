@@ -44,22 +44,23 @@ class Prefill(NamedTuple):
     stages: int = 3
 
 
-def attend_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, group, scale, window=None, softcap=None):
+def attend_triton(q_TNH, k_TKH, v_TKH, pages, run: Run, *, group, scale, window=None, softcap=None, sinks_N=None):
     """Where all rows have one token, they write its key and value while they read; else all are written first.
 
     The result is in the pages' dtype, to which the matmul after it rounds anyway where weights are in it too. Scales of
     quantised keys multiply scores, and those of values softmax weights: there are fewer of these than of keys and
-    values.
+    values. Sinks are an argument of the kernels only where there are any: else it is None in them too.
     """
-    T, R, table_RP, how = len(q_TNH), len(run.kv_lens_R), run.tables[group], dict(scale=scale, softcap=softcap)
+    T, R, table_RP = len(q_TNH), len(run.kv_lens_R), run.tables[group]
+    how = dict(scale=scale, window=window, softcap=softcap)
     # XLA makes one kernel of this, and of RoPE before it.
     x_TXH = jnp.concatenate([q_TNH, k_TKH, v_TKH], 1).astype(pages.dtype)
     if run.longest == 1 and T == R:  # token r is row r
-        return _decode(x_TXH, pages, run.kv_lens_R, table_RP, window=window, **how)
+        return _decode(x_TXH, pages, run.kv_lens_R, table_RP, sinks_N, **how)
     page_size, position_T = pages.shape[2], run.position_T
     page_T = jnp.where(run.valid_T, table_RP[run.row_T, position_T // page_size], -1)
     pages = _write(x_TXH, pages, page_T, position_T % page_size)
-    return _prefill(x_TXH, pages, run, table_RP, window=window, **how), pages
+    return _prefill(x_TXH, pages, run, table_RP, sinks_N, **how), pages
 
 
 def _halves(pages):
@@ -124,7 +125,19 @@ def _add(carry, scores_XS, seen_XS, v, unit):
     return top_new, sum_X * decay_X + weights_XS.sum(1), out_XH
 
 
-def _decode(x_TXH, pages, kv_lens_R, table_RP, *, scale, window, softcap):
+def _with_sink(carry, sink_ref, n_X1, real_X1, unit):
+    """The same softmax, which has seen each head's sink too, if there are any: a score that nothing scales or caps, of
+    a value of zeros."""
+    if sink_ref is None:
+        return carry
+    top_X, sum_X, out_XH = carry
+    sink_X = load(sink_ref, n_X1[:, 0], mask=real_X1[:, 0]).astype(jnp.float32) * (LOG2E / unit)
+    top_new = jnp.maximum(top_X, sink_X)
+    decay_X = exp2((top_X - top_new) * unit)
+    return top_new, sum_X * decay_X + exp2((sink_X - top_new) * unit), out_XH * decay_X[:, None]
+
+
+def _decode(x_TXH, pages, kv_lens_R, table_RP, sinks_N, *, scale, window, softcap):
     """Rows of one token each: `out_RNH`, and the pages with the tokens' keys and values in them.
 
     Where rows are few, a row's pages are split among C programs, and what they found is merged by their log-sum-exp.
@@ -138,7 +151,7 @@ def _decode(x_TXH, pages, kv_lens_R, table_RP, *, scale, window, softcap):
            *(jax.ShapeDtypeStruct(page.shape, page.dtype) for page in pages)]
     kernel = partial(_decode_kernel, scale=scale, window=window, softcap=softcap)
     launch = call(kernel, how[:2], grid=(K, R, C), out=out, aliases={3 + i: 2 + i for i in range(len(pages))})
-    out_CRNH, size_CRN, *written = launch(kv_lens_R, table_RP, x_TXH, *pages)
+    out_CRNH, size_CRN, *written = launch(kv_lens_R, table_RP, x_TXH, *pages, sinks_N)
     if C == 1:
         return out_CRNH[0], type(pages)(*written)
     merged = [jax.ShapeDtypeStruct((R, N, H), dtype)]
@@ -146,9 +159,10 @@ def _decode(x_TXH, pages, kv_lens_R, table_RP, *, scale, window, softcap):
 
 
 def _decode_kernel(kv_len_ref, table_ref, x_ref, *refs, scale, window, softcap):
-    """One KV head of one row, and one split of its pages. The last split begins with the new token, and writes it."""
+    """One KV head of one row, and one split of its pages. The last split begins with the new token, which it writes,
+    and with the sinks, which count once."""
     k, r, c = (pl.program_id(axis) for axis in range(3))
-    out_ref, size_ref, *pages = refs[len(refs) // 2 - 1:]
+    sink_ref, out_ref, size_ref, *pages = refs[len(refs) // 2 - 1:]
     (C, _, N, H), (K, S), halves = out_ref.shape, pages[0].shape[1:3], tuple(_halves(pages))
     G = N // K
     g_G1, s_S = jnp.arange(max(TILE, power(G)))[:, None], jnp.arange(S)
@@ -168,8 +182,9 @@ def _decode_kernel(kv_len_ref, table_ref, x_ref, *refs, scale, window, softcap):
     one = lambda value: jnp.broadcast_to(value, (1, 1))
     k_1H, v_1H = (_put(half, x_1H, page, one(k), slot, one(is_last)) for half, x_1H in zip(halves, new, strict=True))
     score_G, unit = _capped((q_GH.astype(jnp.float32) * k_1H).sum(1), scale, softcap), _unit(scale, softcap)
-    carry = (jnp.where(is_last, score_G, NEVER), jnp.where(is_last, jnp.ones_like(score_G), 0.0),
-             jnp.where(is_last, jnp.broadcast_to(v_1H, q_GH.shape), 0.0))
+    begin = score_G, jnp.ones_like(score_G), jnp.broadcast_to(v_1H, q_GH.shape)
+    begin = _with_sink(begin, sink_ref, n_G1, heads_G1, unit)
+    carry = tuple(jnp.where(is_last, x, other) for x, other in zip(begin, (NEVER, 0.0, 0.0), strict=True))
 
     def read(p, carry):
         page, at_S = table_ref[r, p], p * S + s_S
@@ -211,7 +226,7 @@ def _write_kernel(page_ref, slot_ref, x_ref, *refs):
         _put(half, x_KH, jnp.maximum(page, 0), k_K1, slot, real_K1 & (page >= 0))
 
 
-def _prefill(x_TXH, pages, run: Run, table_RP, *, scale, window, softcap):
+def _prefill(x_TXH, pages, run: Run, table_RP, sinks_N, *, scale, window, softcap):
     """Rows of any lengths, whose keys and values are in the pages already: out_TNH. A row's queries are cut into B
     blocks of equal size. What belongs to no row is left as it was."""
     (T, X, H), K, R = x_TXH.shape, pages.shape[1], len(run.kv_lens_R)
@@ -225,12 +240,12 @@ def _prefill(x_TXH, pages, run: Run, table_RP, *, scale, window, softcap):
     kernel = partial(_prefill_kernel, tokens=tokens, scale=scale, window=window, softcap=softcap)
     out = [jax.ShapeDtypeStruct((T, N, H), pages.dtype)]
     launch = call(kernel, how[1:], grid=(len(b_B), K), out=out)
-    return launch(row_B, nth_B, run.cu_q_lens, run.kv_lens_R, table_RP, x_TXH, *pages)[0]
+    return launch(row_B, nth_B, run.cu_q_lens, run.kv_lens_R, table_RP, x_TXH, *pages, sinks_N)[0]
 
 
 def _prefill_kernel(row_ref, nth_ref, start_ref, kv_len_ref, table_ref, x_ref, *refs, tokens, scale, window, softcap):
     """One block of a row's tokens, and the query heads of one KV head."""
-    (b, k), (*pages, out_ref) = (pl.program_id(axis) for axis in range(2)), refs
+    (b, k), (*pages, sink_ref, out_ref) = (pl.program_id(axis) for axis in range(2)), refs
     r, first_token = row_ref[b], nth_ref[b] * tokens  # past the row's end in a block that is padding
     (N, H), (K, S), halves = out_ref.shape[1:], pages[0].shape[1:3], tuple(_halves(pages))
     G = N // K
@@ -256,6 +271,7 @@ def _prefill_kernel(row_ref, nth_ref, start_ref, kv_len_ref, table_ref, x_ref, *
 
     X = q_XH.shape[0]
     carry = (jnp.full(X, NEVER, jnp.float32), jnp.zeros(X, jnp.float32), jnp.zeros(q_XH.shape, jnp.float32))
+    carry = _with_sink(carry, sink_ref, n_X1, g_X1 < G, _unit(scale, softcap))
     carry = lax.fori_loop(first, whole, partial(read, masked=False), carry)
     _, sum_X, out_XH = lax.fori_loop(whole, end, partial(read, masked=True), carry)
     store(out_ref, out_XH / jnp.where(sum_X > 0, sum_X, 1.0)[:, None], t_X1, n_X1, h_1H, mask=real_XH)

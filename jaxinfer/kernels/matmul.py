@@ -147,7 +147,8 @@ def _in_slices(x_TI: jax.Array, w_OI: Quantised) -> jax.Array:
 
 
 matmul_int8 = Op("matmul_int8", reference=_weight_only, fast={
-    "few": (("gpu",), _few, takes_few), "w8a16": (("cpu", "tpu"), _w8a16), "w8a8": (("cpu", "tpu"), _w8a8_int8)})
+    "few": (("gpu",), _few, takes_few), "w8a16": (("cpu", "tpu"), _w8a16), "weight_only": (("gpu",), _weight_only),
+    "w8a8": (("cpu", "gpu", "tpu"), _w8a8_int8)})
 matmul_fp8 = Op("matmul_fp8", reference=_weight_only, fast={
     "w8a8": (("gpu",), _w8a8_fp8), "in_slices": (("cpu",), _in_slices)})
 matmul_int4 = Op("matmul_int4", reference=_grouped, fast={

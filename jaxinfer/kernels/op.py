@@ -1,6 +1,7 @@
 """An op: a reference that defines it, and faster implementations by platform.
 
-The choice is made while an Executable is traced: by name if forced, else the platform's own, else the reference.
+The choice is made while an Executable is traced: the one that is forced, the platform's own, the reference; the first
+of them that is for the call.
 Where it is traced for several devices, an op that says along which logical axes its arrays may be cut runs on each
 device's own piece; what says nothing is left to XLA's partitioner.
 
@@ -28,8 +29,8 @@ LOGITS: Axes = (None, "vocab")
 
 @dataclass
 class Tracing:
-    """Where the step being traced will run, and which implementations it chose (for the ledger). Several devices are
-    a `mesh`, and `axes` says which of its axes cuts a logical axis."""
+    """Where the step being traced will run, and which implementations it chose (for the ledger): several of one op's
+    are joined, "few+reference". Several devices are a `mesh`, and `axes` says which of its axes cuts a logical axis."""
 
     platform: str
     forced: Mapping[str, str] = field(default_factory=dict)
@@ -51,8 +52,8 @@ def tracing(platform: str, forced: Mapping[str, str] | None = None, mesh: Mesh |
             axes: Mapping[str, str] | None = None, kind: str = "") -> Iterator[Tracing]:
     """Trace for `platform` ("cpu", "gpu", "tpu") inside the `with` block, and see what was chosen.
 
-    `forced` maps an op's name to the implementation it must take; `axes` a logical axis to the axis of `mesh` that
-    cuts it; by the `kind` of device, kernels find what was measured there.
+    `forced` maps an op's name to the implementation that it takes wherever that one is for the call; `axes` a logical
+    axis to the axis of `mesh` that cuts it; by the `kind` of device, kernels find what was measured there.
     """
     token = _tracing.set(Tracing(platform, forced or {}, mesh=mesh, axes=axes or {}, kind=kind))
     try:
@@ -133,18 +134,19 @@ class Op:
 
     def choice(self, platform: str | None = None, how: str | None = None,
                takes: Callable[[str], bool] = lambda how: True) -> str:
-        """The implementation that is taken: `how`, else the one forced by `tracing`, else the platform's best of those
-        that are for the call (`takes`).
+        """The implementation that is taken: `how`; else, of those that are for the call (`takes`), the one forced by
+        `tracing`, or the platform's best.
 
-        Raises ValueError where there is none of that name, or where it is not for the call.
+        Raises ValueError where there is none of that name, or where `how` is not for the call.
         """
         now = _tracing.get() or Tracing(platform or jax.default_backend())
-        how = how or now.forced.get(self.name) or next(filter(takes, self.available(platform or now.platform)))
-        if how not in (*self.fast, "reference"):
-            raise ValueError(f"{self.name} has no implementation {how!r}; it has {[*self.fast, 'reference']}")
-        if not takes(how):
+        forced = how or now.forced.get(self.name)
+        if forced and forced not in (*self.fast, "reference"):
+            raise ValueError(f"{self.name} has no implementation {forced!r}; it has {[*self.fast, 'reference']}")
+        if how and not takes(how):
             raise ValueError(f"{self.name}: {how!r} was asked for, and is not for a call with these arguments")
-        return how
+        own = self.available(platform or now.platform)
+        return next(filter(takes, [forced, *own] if forced else own))
 
     def __call__(self, *args: Any, how: str | None = None, **kwargs: Any) -> Any:
         now = _tracing.get()
@@ -161,7 +163,8 @@ class Op:
     def _run(self, how: str | None, kwargs: dict[str, Any], *args: Any) -> Any:
         how, now = self.choice(how=how, takes=lambda how: self.takes(how, *args, **kwargs)), _tracing.get()
         if now:
-            now.chosen[self.name] = how
+            ways = *now.chosen.get(self.name, how).split("+"), how
+            now.chosen[self.name] = "+".join(dict.fromkeys(ways))
         return (self.reference if how == "reference" else self.fast[how][1])(*args, **kwargs)
 
 

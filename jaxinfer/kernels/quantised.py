@@ -48,8 +48,8 @@ SCHEMES: dict[str, Mapping[str | None, Format]] = {
     "fp8": {"vocab": INT8, "heads": FP8, "ffn": FP8, "embed": FP8},
 }
 
-# The implementations that a scheme asks for, where there is a choice.
-FORCED: dict[str | None, Mapping[str, str]] = {"w8a8": {"matmul_int8": "w8a8"}}
+# The implementations that a scheme asks for, where there is a choice; a GPU's "gated" would not round activations.
+FORCED: dict[str | None, Mapping[str, str]] = {"w8a8": {"matmul_int8": "w8a8", "gated": "reference"}}
 
 
 def format_of(leaf: Leaf, quantize: str | None) -> Format | None:

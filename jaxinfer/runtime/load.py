@@ -89,8 +89,9 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     goes to the shard with the fewest. Both may be given; `memory` is that of each device. With several processes
     (`jax.distributed`) all of them call `load`, process 0 gets the model and each other one a `Follower`, whose
     `follow()` is to be called.
-    `kernels`: implementations that ops must take, such as {"attend": "by_page"}: names of `jaxinfer.kernels.OPS`, and
-    of what each has `available` on this platform, your own included (`Op.add`). `lm.ledger` says what was taken.
+    `kernels`: implementations that ops take wherever these are for the call, such as {"attend": "by_page"}: names of
+    `jaxinfer.kernels.OPS`, and of what each has `available` on this platform, your own included (`Op.add`). Other
+    calls go where they would without; `lm.ledger` says what was taken. One that is for no call at all is refused.
 
     Raises ModelNotFound, DownloadFailed, CorruptFile, UnsupportedModel, CheckpointMismatch (all problems of the
     weights at once), InvalidOption, OutOfMemory.
@@ -161,6 +162,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
         for executables in each:  # while the weights are read
             executables.prepare(Key("forward", first), Key("greedy", first.rows))
+        for op, how in (kernels or {}).items():
+            _check_taken(op, how, each[0].taken(op, how))
         tokenizer = _tokenizer(checkpoint)
         params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
                              put=places[0].put)
@@ -187,7 +190,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
 
 
 def _forced(kernels: Mapping[str, str] | None, batch_invariant: bool, platform: str) -> dict[str, str]:
-    """The implementations that ops must take."""
+    """The implementations that ops take wherever they can."""
     if not isinstance(kernels, Mapping | None):
         raise InvalidOption(f"kernels is a {type(kernels).__name__}; it must map names of ops to implementations")
     for name, how in (kernels or {}).items():
@@ -198,6 +201,12 @@ def _forced(kernels: Mapping[str, str] | None, batch_invariant: bool, platform: 
         if batch_invariant and INVARIANT.get(name, how) != how:
             raise InvalidOption(f"kernels: batch_invariant needs {name} to be {INVARIANT[name]!r}, not {how!r}")
     return {**(kernels or {}), **(INVARIANT if batch_invariant else {})}
+
+
+def _check_taken(op: str, how: str, taken: list[str]) -> None:
+    if how not in taken:
+        instead = f"they take {', '.join(taken)}" if taken else f"none of them calls {op}"
+        raise InvalidOption(f"kernels: {how!r} of {op} is for no call in the programs of this model; {instead}")
 
 
 def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, mesh: Any,

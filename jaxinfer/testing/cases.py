@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,14 +25,17 @@ class AttendCase(Case):
 
 @st.composite
 def attend_cases(draw, shape: RunShape = DECODE, heads: tuple[int, int] = (4, 2), *, width: int = 8,
-                 dtype: str = "float32", kv_cache_dtype: str | None = None, window: int | None = None,
-                 softcap: float | None = None, sinks: bool = False) -> AttendCase:
+                 page_size: int | None = None, dtype: str = "float32", kv_cache_dtype: str | None = None,
+                 window: int | None = None, softcap: float | None = None, sinks: bool = False) -> AttendCase:
     """Ragged rows on pages in any order, some of them shared: q, k, v, pages and run for `attend(..., group, scale)`.
 
     `heads` are N query heads on K KV heads of `width`, in pages of `dtype`, or of `kv_cache_dtype` ("int8", "fp8")
-    with scales in `dtype`. Padded tokens, slots that nobody has
-    written and pages that a window hides hold NaN, and something else in the twin. With `sinks`, each head has one.
+    with scales in `dtype`, and of `page_size` tokens (by default the shape's 4). Our kernels for GPUs want 16 at least
+    of both sizes, for instance `page_size=16, width=64`, and `check_op` leaves out what an implementation does not
+    take. Padded tokens, slots that nobody has written and pages that a window hides hold NaN, and something else in
+    the twin. With `sinks`, each head has one.
     """
+    shape = shape if page_size is None else replace(shape, S=page_size)
     ragged = draw(ragged_runs(shape, window))
     q_size, v_size = (draw(st.sampled_from(SIZES[name]), label=f"{name} size") for name in "qv")
     numbers, scale = Numbers.of(ragged, heads, dtype, width, q_size, v_size, kv_cache_dtype), 0.4
@@ -65,7 +68,8 @@ def attend_error(numbers: Numbers, dtype: str, scale: float) -> float:
 
 @st.composite
 def matmul_cases(draw, rows: int = 5, inputs: int = 64, outputs: int = 48, dtype: str = "float32") -> Case:
-    """x_TI in float32 and w_OI in `dtype`, which is what x is rounded to as well."""
+    """x_TI in float32 and w_OI in `dtype`, which is what x is rounded to as well. Our kernel for GPUs wants bfloat16,
+    `inputs` in blocks of 128 and `outputs` in blocks of 64."""
     rng = np.random.default_rng(draw(SEEDS))
     size = draw(st.sampled_from((1.0, 2.0**-20, 2.0**20)), label="size")
     x, w = rng.normal(size=(rows, inputs)) * size, rng.normal(size=(outputs, inputs))
