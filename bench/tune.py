@@ -30,8 +30,8 @@ from bench.support.report import publish, table
 from jaxinfer.graph import Pages, Run
 from jaxinfer.kernels import attend, gated, matmul, tracing
 from jaxinfer.kernels.attention_gpu import Decode, Prefill
-from jaxinfer.kernels.matmul_gpu import Blocks, int4_blocks
-from jaxinfer.kernels.quantised import INT4, Format
+from jaxinfer.kernels.matmul_gpu import Blocks, narrow_blocks
+from jaxinfer.kernels.quantised import INT4, INT8, Format
 from jaxinfer.kernels.tuned import TABLE, trying
 
 WORTH = 0.99  # of the default's time: what is no better than that is noise
@@ -90,11 +90,12 @@ def kernels() -> Iterator[tuple[str, tuple, list[tuple], list[Call]]]:
         candidates = [(*size, *how, programs) for size, how, programs in itertools.product(
             ((64, 128), (64, 64), (32, 128)), ((4, 3), (4, 4), (4, 5), (8, 4)), (96,) if is_gated else (96, 192))]
         yield f"few_gated/1/{T}" if is_gated else f"few/1/{T}", Blocks(stages=3 if is_gated else 5), candidates, calls
-        calls = [multiply(T, shape, is_gated, INT4) for shape in (GATES if is_gated else MATMULS)]
-        candidates = [(*size, *how, programs) for size, how, programs in itertools.product(
-            ((64, 256), (64, 128), (32, 256), (32, 128)), ((2, 3), (2, 4), (2, 6), (4, 4)),
-            (192,) if is_gated else (192, 384))]
-        yield f"few_int4_gated/1/{T}" if is_gated else f"few_int4/1/{T}", int4_blocks(T), candidates, calls
+        for format in INT8, INT4:
+            calls = [multiply(T, shape, is_gated, format) for shape in (GATES if is_gated else MATMULS)]
+            candidates = [(*size, *how, programs) for size, how, programs in itertools.product(
+                ((64, 256), (64, 128), (32, 256), (32, 128)), ((2, 3), (2, 4), (2, 6), (4, 4)),
+                (192,) if is_gated else (192, 384))]
+            yield f"few_{format.name}{'_gated' * is_gated}/1/{T}", narrow_blocks(T), candidates, calls
 
 
 def compiled(name: str, blocks: tuple, call: Call, platform: str) -> Any:

@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plt
 
 from jaxinfer.kernels.attention import TILE
 from jaxinfer.kernels.op import platform
-from jaxinfer.kernels.quantised import INT4, Quantised
+from jaxinfer.kernels.quantised import INT4, INT8, Quantised
 from jaxinfer.kernels.triton import call, dot, load, power, store
 from jaxinfer.kernels.tuned import tuned
 
@@ -40,23 +40,25 @@ class Blocks(NamedTuple):
     programs: int = 96
 
 
-def int4_blocks(rows: int) -> Blocks:
-    """By default two warps, and so Ampere's matrix units, which no warp waits for; the sums of 64 tokens need the
-    registers of four."""
+def narrow_blocks(rows: int) -> Blocks:
+    """For weights of eight and four bits: two warps, and so Ampere's matrix units, which no warp waits for; the sums of
+    64 tokens need the registers of four."""
     size = Blocks(inputs=256, warps=2, stages=4, programs=192)
     return size._replace(inputs=128, warps=4) if rows > 32 else size
 
 
 def blocks(rows: int, format: str | None, is_gated: bool) -> Blocks:
     """For a block of so many tokens, and weights of this format (None: arrays)."""
-    default = int4_blocks(rows) if format == INT4.name else Blocks(stages=3 if is_gated else 5)
-    return tuned("few" + (f"_{format}" if format else "") + "_gated" * is_gated + f"/1/{rows}", default)
+    names = {None: (f"few/1/{rows}", f"few_gated/1/{rows}"),
+             INT8.name: (f"few_int8/1/{rows}", f"few_int8_gated/1/{rows}"),
+             INT4.name: (f"few_int4/1/{rows}", f"few_int4_gated/1/{rows}")}
+    return tuned(names[format][is_gated], narrow_blocks(rows) if format else Blocks(stages=3 if is_gated else 5))
 
 
 def few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable | None = None) -> jax.Array:
     """`x @ w.T` in float32; with an `activation`, that of its first half times the second, in the weights' dtype.
 
-    Activations are rounded to the weights' dtype, and against weights of four bits both to float16.
+    Activations are rounded to the weights' dtype, and against weights of eight and four bits to float16, as these are.
     """
     format = w_OI.format if isinstance(w_OI, Quantised) else None
     (T, I), O = x_TI.shape, w_OI.shape[0] // (2 if activation else 1)
@@ -65,10 +67,8 @@ def few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable | Non
     inputs = min(size.inputs, I & -I)  # whole blocks
     C = 1 if activation else min(power(-(-size.programs * size.outputs // O)), I // inputs)
     C = next(c for c in (C, C // 2, C // 4, 1) if c and not I // inputs % c)  # whole blocks each
-    if format == INT4.name:
-        x_TI, one, read = (x_TI * RANGE**-1).astype(jnp.float16), INT4.group, _int4
-    else:
-        x_TI, one, read = x_TI.astype(w_OI.dtype), inputs, _whole
+    one, read = {None: (inputs, _dense), INT8.name: (inputs, _int8), INT4.name: (INT4.group, _int4)}[format]
+    x_TI = (x_TI * RANGE**-1).astype(jnp.float16) if format else x_TI.astype(w_OI.dtype)
     out = jax.ShapeDtypeStruct((C, T, O), w_OI.dtype if activation else jnp.float32)
     kernel = partial(_few_kernel, rows=rows, outputs=size.outputs, inputs=inputs, one=one, read=read,
                      activation=activation)
@@ -88,7 +88,7 @@ def _few_kernel(x_ref, *refs, rows, outputs, inputs, one, read, activation):
         n = c * each + i
         x_nTb = [load(x_ref, t_T[:, None], (n * inputs + b + b_b)[None], mask=real if real is True else real[:, None])
                  for b in range(0, inputs, one)]
-        w_nOb = [read(w_refs, half * O + o_O, n, inputs, x_ref.dtype) for half in range(len(sums))]
+        w_nOb = [read(w_refs, half * O + o_O, n, inputs) for half in range(len(sums))]
         for x_Tb, *ws in zip(x_nTb, *w_nOb, strict=True):
             sums = tuple(y_OT + dot(w_Ob, x_Tb, trans_b=True) for y_OT, w_Ob in zip(sums, ws, strict=True))
         return sums
@@ -100,21 +100,26 @@ def _few_kernel(x_ref, *refs, rows, outputs, inputs, one, read, activation):
 
 
 def _unit(refs, o_O):
-    """What sums are to be multiplied by: nothing, a scale for each output, or what activations were divided by."""
+    """What sums are to be multiplied by: what activations were divided by, and a scale for each output."""
     match refs:
         case [_]:
             return 1.0
         case [_, scale_ref]:
-            return plt.load(scale_ref.at[o_O])[:, None]
+            return plt.load(scale_ref.at[o_O])[:, None] * RANGE
     return RANGE
 
 
-def _whole(refs, o_O, n, inputs, dtype):
-    """One dot of all inputs, with the weights as they are, or numbers of eight bits."""
-    return [_stream(refs[0], o_O, n, inputs).astype(dtype)]
+def _dense(refs, o_O, n, inputs):
+    """One dot of all inputs, with the weights as they are."""
+    return [_stream(refs[0], o_O, n, inputs)]
 
 
-def _int4(refs, o_O, n, inputs, _dtype):
+def _int8(refs, o_O, n, inputs):
+    """One dot of all inputs. The scales wait until the sums are made."""
+    return [_widened(_stream(refs[0], o_O, n, inputs))]
+
+
+def _int4(refs, o_O, n, inputs):
     """A dot for each group."""
     words_ref, *of_groups = refs
     lane, groups = INT4.group, inputs // INT4.group
@@ -128,6 +133,21 @@ def _int4(refs, o_O, n, inputs, _dtype):
 def _stream(ref, o_O, n, size):
     """Some rows' n-th `size` numbers, which nobody will read again."""
     return plt.load(ref.at[o_O[:, None], (n * size + jnp.arange(size))[None]], eviction_policy="evict_first")
+
+
+def _widened(numbers_Ob):
+    """Numbers of eight bits in float16: as the lowest bits of 1024 there, n + 128 is 1152 + n."""
+    if platform() != "gpu":
+        return numbers_Ob.astype(jnp.float16)
+    asm = """{ .reg .b32 n, less;
+        mov.b32 less, 0xE480E480;
+        xor.b32 n, $2, 0x80808080;
+        prmt.b32 $0, n, 0x64646464, 0x4140;
+        prmt.b32 $1, n, 0x64646464, 0x4342;
+        add.rn.f16x2 $0, $0, less;
+        add.rn.f16x2 $1, $1, less; }"""
+    return plt.elementwise_inline_asm(asm, args=[numbers_Ob], constraints="=r,=r,r", pack=4, result_shape_dtypes=[
+        jax.ShapeDtypeStruct(numbers_Ob.shape, jnp.float16)])[0]
 
 
 def _unpacked(words_Ob, nth, scale_O, minimum_O):
