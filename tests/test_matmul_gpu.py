@@ -110,10 +110,11 @@ def test_what_is_added_to_a_stream_is_rounded_where_tokens_are_many():
 
 
 def chosen(tokens: int, w_OI, op: str = "matmul", activation="silu", bias=None, **how) -> str:
+    """What is taken; a fresh partial, since of a function that it has traced JAX would not ask again."""
     act = {"matmul": matmul, "project": project,
            "gated": lambda x, w: gated(x, w, ACTIVATIONS[activation], bias_O=bias)}[op]
     with tracing("gpu", **how) as traced:
-        jax.eval_shape(act, jax.ShapeDtypeStruct((tokens, w_OI.shape[1]), jnp.float32), w_OI)
+        jax.eval_shape(partial(act), jax.ShapeDtypeStruct((tokens, w_OI.shape[1]), jnp.float32), w_OI)
     return traced.chosen[op if op in traced.chosen else f"{op}_{w_OI.format}"]
 
 
