@@ -15,7 +15,8 @@ from jaxinfer.kernels.moe_gpu import Tile
 from jaxinfer.kernels.tuned import TABLE, trying, tuned
 
 SHAPES = {"decode": Decode, "prefill": Prefill, "few": Blocks, "few_gated": Blocks, "few_int8": Blocks,
-          "few_int8_gated": Blocks, "few_int4": Blocks, "few_int4_gated": Blocks, "routed_gate_up": Tile, "routed_down": Tile}
+          "few_int8_gated": Blocks, "few_int4": Blocks, "few_int4_gated": Blocks,
+          "routed_gate_up": Tile, "routed_down": Tile}
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -271,8 +271,8 @@ def _prefill_kernel(row_ref, nth_ref, start_ref, kv_len_ref, table_ref, x_ref, *
         scores_XS = _scores(q_XH, keys, seen_XS, scale, softcap)
         return page_at(p + 1), *_add(carry, scores_XS, seen_XS, values, _unit(scale, softcap))
 
-    # In the carry comes the page's number, read a turn ahead: Triton would wait for it, at every turn (165 us for 145, a
-    # prompt of 2,048 on an H200). Rows of one token wait for their pages anyway.
+    # In the carry comes the page's number, read a turn ahead: Triton would wait for it, at every turn (165 us for 145,
+    # a prompt of 2,048 on an H200). Rows of one token wait for their pages anyway.
     page_at = lambda p: table_ref[r, jnp.minimum(p, table_ref.shape[1] - 1)]
     X = q_XH.shape[0]
     carry = (jnp.full(X, NEVER, jnp.float32), jnp.zeros(X, jnp.float32), jnp.zeros(q_XH.shape, jnp.float32))
