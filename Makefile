@@ -22,7 +22,7 @@ ONNX_MODELS := magika==1.0.3 silero-vad==6.2.3 rapidocr-onnxruntime==1.4.4 basic
 # would look for a GPU with them, noisily. The plugin is of the same version as jaxlib.
 GPU := jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 # What else must hold on the oldest Python and JAX, beside parity, which runs the engine there.
-OLDEST := house weights pages encode
+OLDEST := house weights pages encode files unread aligned orbax convert
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'

@@ -1,4 +1,6 @@
-"""The command line: `jaxinfer run | chat | pull | models`. Only a command that needs a model imports JAX."""
+"""The command line: `jaxinfer run | chat | pull | convert | verify | models`.
+
+Only a command that needs a model imports JAX."""
 
 from __future__ import annotations
 
@@ -135,6 +137,33 @@ def pull(model: Model) -> None:
     with shown():
         path = resolve(model)
     typer.echo(path)
+
+
+@app.command()
+def convert(
+    model: Model,
+    destination: Annotated[str, typer.Argument(help="A folder that is not there yet.", show_default=False)],
+    to: Annotated[str | None, _option("safetensors (the default): one file, which a CPU reads where it is mapped; "
+                                      "orbax: a checkpoint.")] = None,
+    dtype: DType = None,
+    quantize: Quantize = None,
+) -> None:
+    """Write MODEL into the folder DESTINATION: config, tokenizer, and the weights as the engine holds them."""
+    from jaxinfer.runtime.convert import convert
+
+    with shown():
+        path = convert(model, destination, **_given(to=to, dtype=dtype, quantize=quantize))
+    typer.echo(path)
+
+
+@app.command()
+def verify(model: Model) -> None:
+    """Compare the weights of MODEL, which `convert` or `save` wrote as safetensors, with the checksums in the file."""
+    from jaxinfer.runtime.convert import verify
+
+    with shown():
+        count = verify(model)
+    typer.echo(f"{count} tensors are as they were written")
 
 
 @app.command()

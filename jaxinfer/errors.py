@@ -26,8 +26,12 @@ class DownloadFailed(JaxinferError, OSError):
     """A download that broke off, did not match its checksum, or found no room on the disk; nothing is left behind."""
 
 
+class SaveFailed(JaxinferError, OSError):
+    """A model that could not be saved: the disk is full, or cannot be written to; nothing has its name."""
+
+
 class CorruptFile(JaxinferError, ValueError):
-    """A checkpoint, tokenizer or config file that ends early or contradicts itself."""
+    """A checkpoint, tokenizer or config file that ends early, contradicts itself, or changes while it is read."""
 
 
 class UnsupportedModel(JaxinferError, ValueError):

@@ -106,7 +106,7 @@ def test_every_weight_of_smollm2_is_the_reference_s_and_all_are_read_in_a_second
     assert weights == 134_515_008
     for tensor in tensors.values():
         if isinstance(tensor, Quantised):
-            data = np.frombuffer(tensor.buffer, np.uint8, tensor.nbytes, tensor.offset)
+            data = np.frombuffer(tensor.file.buffer, np.uint8, tensor.nbytes, tensor.offset)
             kind = next(GGMLQuantizationType[name] for name, format in FORMATS.items() if format is tensor.format)
             expected = dequantize(data.reshape(len(tensor.read()), -1), kind)
             np.testing.assert_array_equal(tensor.read().view(np.uint32), expected.view(np.uint32))

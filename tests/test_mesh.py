@@ -24,9 +24,14 @@ from jaxinfer.compiler.buckets import decode
 from jaxinfer.compiler.placement import Placement, interleaved, over_leaves, spread
 from jaxinfer.errors import Closed, InvalidOption
 from jaxinfer.frontend.architectures import architecture
+from jaxinfer.frontend.checkpoint import open_checkpoint
+from jaxinfer.frontend.files import File
+from jaxinfer.frontend.folder import FORMATS
+from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Leaf, Run
 from jaxinfer.kernels import tracing
 from jaxinfer.runtime import memory as planning
+from jaxinfer.runtime.convert import convert
 from tests import tiny
 from tests.running import all_free, eventually
 
@@ -66,6 +71,36 @@ def test_a_mesh_that_cannot_be_had_is_refused(tiny_path, mesh, message):
 def test_a_mesh_takes_devices_by_their_kind(tiny_path):
     with pytest.raises(InvalidOption, match="it must be a kind of device"):
         ji.load(tiny_path, mesh={"model": 1}, device="cpu:0")
+
+
+# --- what is read ---
+
+
+@eight
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("form", ["as it was", *FORMATS])
+def test_every_device_s_piece_is_read_alone_and_the_weights_are_those_of_one_device(
+        tiny_path, tmp_path, monkeypatch, form, quantize):
+    source = tiny_path if form == "as it was" else convert(tiny_path, tmp_path / form, to=form, quantize=quantize)
+    checkpoint = open_checkpoint(source)
+    graph, counts, read = architecture(checkpoint.config).graph(), [], File.read
+
+    def counted(self, tensor, pieces):
+        pieces = list(pieces)
+        counts.extend(len(out) for _, out in pieces)
+        read(self, tensor, pieces)
+
+    monkeypatch.setattr(File, "read", counted)
+    how = dict(dtype="float32", source="here", quantize=quantize, saved=checkpoint.saved)
+    place = on(2, graph)
+    found = load_params(graph, checkpoint.tensors, put=place.put, **how)
+    if form != "orbax":  # where a weight that is cut into columns is quantised, its rows are read whole, and once too
+        assert sum(counts) == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        assert max(counts) <= max(tensor.nbytes for tensor in checkpoint.tensors.values()) / 2
+    wanted = load_params(graph, checkpoint.tensors, **how)
+    for x, y in zip(jax.tree.leaves(over_leaves(place.restore, graph.spec, found)), jax.tree.leaves(wanted),
+                    strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 # --- where things lie ---

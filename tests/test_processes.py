@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.numpy import load_file
 
 import jaxinfer as ji
 
@@ -21,6 +22,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import jaxinfer as ji
 from jaxinfer.errors import InvalidOption, InvalidRequest
+from jaxinfer.frontend.files import File
 from tests.test_processes import HOW, LOAD, answers
 
 def refused(kind, ask):
@@ -30,11 +32,21 @@ def refused(kind, ask):
         return str(error)
 
 alone = refused(InvalidOption, lambda: ji.load(sys.argv[3], mesh={"data": 2}))
+read, plain = [], File.read
+
+def counted(self, tensor, pieces):
+    pieces = list(pieces)
+    read.extend(len(out) for _, out in pieces)
+    plain(self, tensor, pieces)
+
+File.read = counted
 lm = ji.load(sys.argv[3], mesh={"model": 2}, **LOAD)
 if jax.process_index():
+    print(json.dumps({"read": sum(read)}))
     lm.follow()
 else:
-    told = {"answers": answers(lm), "data": alone, "params": refused(InvalidOption, lambda: lm.params),
+    told = {"read": sum(read), "answers": answers(lm), "data": alone,
+            "params": refused(InvalidOption, lambda: lm.params),
             "function": refused(InvalidRequest, lambda: lm("x", logits=lambda logits_V, context: logits_V))}
     lm.close()
     print(json.dumps(told))
@@ -62,12 +74,20 @@ def told(tiny_path):
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], "\n".join(error[-3000:] for _, error in ends)
-    return json.loads(ends[0][0].splitlines()[-1])
+    told, other = (json.loads(out.splitlines()[-1]) for out, _ in ends)
+    return {**told, "read": [told["read"], other["read"]]}
 
 
 def test_the_answers_are_those_of_one_process(tiny_path, told):
     with ji.load(tiny_path, **LOAD) as lm:
         assert told["answers"] == answers(lm)
+
+
+def test_a_process_reads_its_own_pieces_and_what_all_of_them_hold(tiny_path, told):
+    tensors = load_file(tiny_path / "model.safetensors")
+    norms = sum(tensor.nbytes for name, tensor in tensors.items() if "norm" in name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert told["read"] == [norms + (total - norms) // 2] * 2
 
 
 def test_what_several_processes_cannot_do_is_refused(told):

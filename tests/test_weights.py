@@ -13,27 +13,30 @@ from hypothesis.extra import numpy as hnp
 
 from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import observe
-from jaxinfer.frontend.weights import aligned, cast_into, load_params
+from jaxinfer.frontend.files import File, Mapped
+from jaxinfer.frontend.unread import aligned, cast_into
+from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Graph, Leaf
 
 
 @dataclass
 class Held:
-    """A tensor in memory that counts how often it is read."""
+    """A tensor in memory that notes which of its numbers are read."""
 
     array: np.ndarray
-    reads: list[None] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
 
     shape = property(lambda self: self.array.shape)
     dtype = property(lambda self: self.array.dtype)
     nbytes = property(lambda self: self.array.nbytes)
 
     def read(self) -> np.ndarray:
-        self.reads.append(None)
-        return self.array
+        return self.rows(0, len(self.array))
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        return self.array[start:stop]
+    def rows(self, start: int, stop: int, columns: slice = slice(None)) -> np.ndarray:
+        part = self.array[start:stop] if columns == slice(None) else self.array[start:stop, columns]
+        self.reads.append(part.size)
+        return part
 
 
 def graph(**spec) -> Graph:
@@ -119,7 +122,7 @@ def test_every_weight_is_read_once_and_what_is_ignored_never():
     spec = graph(w=[Leaf((8, 8), ("a", "b"), f"w{i}") for i in range(20)])
     tensors = {f"w{i}": Held(numbers(8, 8)) for i in range(20)} | {"rotary.inv_freq": Held(numbers(4))}
     load_params(spec, tensors, dtype="bfloat16", source="here")
-    assert [len(tensor.reads) for tensor in tensors.values()] == [1] * 20 + [0]
+    assert [sum(tensor.reads) for tensor in tensors.values()] == [64] * 20 + [0]
 
 
 def test_progress_rises_to_the_bytes_on_disk():
@@ -130,17 +133,23 @@ def test_progress_rises_to_the_bytes_on_disk():
     assert (seen[-1].what, seen[-1].name, seen[-1].done, seen[-1].total) == ("load", "here", 48, 48)
 
 
-def test_an_aligned_tensor_that_needs_no_change_is_taken_over_without_a_copy():
-    mapped = aligned((256, 256), np.dtype(np.float32))
-    mapped[...] = 1
-    w = load_params(graph(w=Leaf((256, 256), ("a", "b"), "w")), {"w": Held(mapped)}, dtype="float32", source="")["w"]
+def test_an_aligned_tensor_that_needs_no_change_is_taken_over_without_a_copy(tmp_path):
+    (tmp_path / "w").write_bytes(np.ones((256, 256), np.float32).tobytes())
+    mapped = Mapped(File(tmp_path / "w"), "w", 0, (256, 256), np.dtype(np.float32))
+    w = load_params(graph(w=Leaf((256, 256), ("a", "b"), "w")), {"w": mapped}, dtype="float32", source="")["w"]
     cpu = jax.devices("cpu")[0]
-    assert w.devices() != {cpu} or w.unsafe_buffer_pointer() == mapped.ctypes.data
+    assert w.devices() != {cpu} or w.unsafe_buffer_pointer() == mapped.read().ctypes.data
 
 
 def test_what_had_to_be_assembled_is_taken_over_too():
     held, taken = [], []
-    put = lambda _, array: held.append(array.ctypes.data) or taken.append(jax.device_put(array)) or taken[-1]
+
+    def put(_, x):
+        array = x[...]
+        held.append(array.ctypes.data)
+        taken.append(jax.device_put(array))
+        return taken[-1]
+
     spec = graph(w=Leaf((256, 256), ("a", "b"), "w"))
     load_params(spec, {"w": Held(numbers(256, 256))}, dtype="bfloat16", source="", put=put)
     assert [array.unsafe_buffer_pointer() for array in taken] == held
@@ -148,7 +157,7 @@ def test_what_had_to_be_assembled_is_taken_over_too():
 
 def test_a_read_that_fails_stops_the_load_with_its_own_error():
     class Broken(Held):
-        def read(self):
+        def rows(self, start, stop, columns=slice(None)):
             raise OSError("the disk is gone")
     spec = graph(w=[Leaf((1,), ("a",), f"w{i}") for i in range(50)])
     tensors = {f"w{i}": (Broken if i == 3 else Held)(numbers(1)) for i in range(50)}

@@ -66,14 +66,17 @@ class Placement:
         return over_leaves(place, spec, params)
 
     def put(self, leaf: Leaf, x: Any) -> jax.Array:
-        """An array of `leaf` on its devices, as it is stored there. A leaf of several parts is stored so that each
-        device has a piece of every part, not one all of the first: `kernels.split` knows."""
+        """An array of `leaf` on its devices, as it is stored there; of one that is read as it is cut, no more than the
+        pieces of this process's devices. A leaf of several parts is stored so that each device has a piece of every
+        part, not one all of the first: `kernels.split` knows."""
         sharding, order = self.of(leaf, x), self._order(leaf)
-        if isinstance(x, jax.Array) or self.mesh is None:
+        if isinstance(x, jax.Array):
             x = jax.device_put(x, sharding)
             return x if order is None else _reorder(x, order)
-        x = x if order is None else x[order]
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        if self.mesh is None:
+            return jax.device_put(x[...], sharding)
+        cut = (lambda index: x[index]) if order is None else (lambda index: x[order[index[0]], *index[1:]])
+        return jax.make_array_from_callback(x.shape, sharding, cut)
 
     def restore(self, leaf: Leaf, x: jax.Array) -> jax.Array:
         """What was `put`, in the order that the spec says; a copy where that is another one."""

@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.errors import ModelNotFound, UnsupportedModel
+from jaxinfer.frontend.aligned import read_saved
 from jaxinfer.frontend.files import Tensor, read_json
 from jaxinfer.frontend.gguf import MAGIC, open_gguf
 from jaxinfer.frontend.gguf_translate import translate
-from jaxinfer.frontend.safetensors import open_safetensors_directory
+from jaxinfer.frontend.orbax import find_orbax, open_orbax
+from jaxinfer.frontend.safetensors import SINGLE, open_safetensors_directory, open_with_metadata
+from jaxinfer.frontend.saved import Saved
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as its files describe it. `tensors` are lazy and go by Hugging Face's names.
+    """A model as its files describe it. `tensors` are lazy, and mapped in the order of their file. They go by Hugging
+    Face's names, or by paths in a tree: in Orbax checkpoints, and where we `saved` them.
 
-    `config` has config.json's keys and `generation` those of generation_config.json ({} if there is none), both
-    translated if the source is a GGUF file. `directory` is a Hugging Face directory, where tokenizer.json lives;
-    `gguf` is the raw metadata of a GGUF file, from which a tokenizer is rebuilt. One of the two is None.
+    `config` has config.json's keys ({} where somebody else's Orbax checkpoint has none) and `generation` those of
+    generation_config.json ({} if there is none), both translated if the source is a GGUF file. `directory` is a Hugging
+    Face directory, where tokenizer.json lives; `gguf` is the raw metadata of a GGUF file, from which a tokenizer is
+    rebuilt. One of the two is None.
     """
 
     source: str
@@ -29,10 +34,12 @@ class Checkpoint:
     generation: dict[str, Any]
     directory: Path | None
     gguf: dict[str, Any] | None
+    saved: Saved | None = None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a Hugging Face directory or a GGUF file; no weight is read before its tensor's `read()`.
+    """Open a directory (Hugging Face's, ours, or one with an Orbax checkpoint) or a GGUF file; no weight is read
+    before its tensor's `read()`.
 
     Raises ModelNotFound if something that must be there is not, CorruptFile if a file ends early or contradicts
     itself, UnsupportedModel if it holds what we do not understand.
@@ -53,11 +60,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _open_directory(directory: Path) -> Checkpoint:
-    if not (directory / "config.json").is_file():
+    tensors, saved = _weights(directory)
+    config, generation = (read_json(file) if file.is_file() else {}
+                          for file in (directory / "config.json", directory / "generation_config.json"))
+    return Checkpoint(str(directory), config, tensors, generation, directory, None, saved)
+
+
+def _weights(directory: Path) -> tuple[Mapping[str, Tensor], Saved | None]:
+    in_safetensors = any(directory.glob(f"{SINGLE}*"))
+    tree = None if in_safetensors else find_orbax(directory)
+    if not tree and not (directory / "config.json").is_file():
         held = sorted(entry.name for entry in directory.iterdir())
         gguf = next((f"; open the file {name} itself" for name in held if name.endswith(".gguf")), "")
         raise ModelNotFound(f"{directory}: has no config.json among {', '.join(held[:8]) or 'no files at all'}{gguf}")
-    config = read_json(directory / "config.json")
-    settings = directory / "generation_config.json"
-    generation = read_json(settings) if settings.is_file() else {}
-    return Checkpoint(str(directory), config, open_safetensors_directory(directory), generation, directory, None)
+    if tree:
+        return open_orbax(tree)
+    if (directory / SINGLE).is_file():
+        return read_saved(*open_with_metadata(directory / SINGLE), directory / SINGLE)
+    return open_safetensors_directory(directory), None

@@ -7,7 +7,6 @@ when it is opened, weights when they are read. What it all means for a model is 
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from jaxinfer.errors import CorruptFile, UnsupportedModel
 from jaxinfer.frontend.dequantize import FORMATS, BlockFormat, dequantize
-from jaxinfer.frontend.files import Mapped, Tensor, map_file, representable
+from jaxinfer.frontend.files import ALL, File, Mapped, Tensor, representable
 
 MAGIC = b"GGUF"
 TYPES = {  # numbers 4, 5 and the gaps belong to formats that ggml has removed
@@ -40,7 +39,8 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: 
 class Quantised:
     """A tensor in blocks of `format`; `read()` returns a new float32 array."""
 
-    buffer: mmap.mmap
+    file: File
+    name: str
     offset: int
     shape: tuple[int, ...]
     format: BlockFormat
@@ -56,10 +56,12 @@ class Quantised:
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int, columns: slice = ALL) -> np.ndarray:
         row, count = self.nbytes // self.shape[0], min(stop, self.shape[0]) - start
-        data = np.ndarray((count * row,), np.uint8, buffer=self.buffer, offset=self.offset + start * row)
-        return dequantize(data, self.format).reshape(count, *self.shape[1:])
+        data = np.empty(count * row, np.uint8)
+        self.file.read(self.name, [(self.offset + start * row, memoryview(data))])
+        whole = dequantize(data, self.format).reshape(count, *self.shape[1:])
+        return whole if columns == ALL else whole[:, columns]
 
 
 def unstack(tensor: Tensor) -> list[Tensor]:
@@ -70,12 +72,12 @@ def unstack(tensor: Tensor) -> list[Tensor]:
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata as plain Python values, and the tensors by their GGUF names, none of them read.
+    """Metadata as plain Python values, and the tensors by their GGUF names in the file's order, none of them read.
 
     Raises CorruptFile if the file ends early or contradicts itself, UnsupportedModel if it has a version or a
     tensor type that we do not read.
     """
-    cursor = _Cursor(map_file(path), path)
+    cursor = _Cursor(File(path))
     if (magic := cursor.take(4, "the magic")) != MAGIC:
         raise CorruptFile(f"{path}: starts with {magic!r} where {MAGIC!r} belongs: not a GGUF file")
     version = cursor.number("I", "the version")
@@ -109,12 +111,13 @@ def _tensors(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict[str,
         raise CorruptFile(f"{cursor.path}: general.alignment is {alignment!r:.40}, which is no power of two")
     start = -(-cursor.position // alignment) * alignment
     tensors = {name: _tensor(cursor, start, alignment, name, *info) for name, info in infos.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     end, before = start, ""
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+    for name, tensor in tensors.items():
         if tensor.offset < end:
             raise CorruptFile(f"{cursor.path}: tensors {before!r} and {name!r} overlap")
         end, before = tensor.offset + tensor.nbytes, name
-    return dict(tensors)
+    return dict[str, Tensor](tensors)
 
 
 def _tensor(
@@ -129,12 +132,12 @@ def _tensor(
     if offset % alignment:
         raise CorruptFile(f"{where} starts at {offset}, which is no multiple of the alignment {alignment}")
     if kind in PLAIN:
-        tensor = Mapped(cursor.buffer, start + offset, shape, PLAIN[kind])
+        tensor = Mapped(cursor.file, name, start + offset, shape, PLAIN[kind])
     else:
         if not shape or shape[-1] % FORMATS[kind].weights:
             block = FORMATS[kind].weights
             raise CorruptFile(f"{where} has shape {shape}, whose rows are not whole {kind} blocks of {block}")
-        tensor = Quantised(cursor.buffer, start + offset, shape, FORMATS[kind])
+        tensor = Quantised(cursor.file, name, start + offset, shape, FORMATS[kind])
     if (end := start + offset + tensor.nbytes) > len(cursor.buffer):
         raise CorruptFile(f"{where} ends at byte {end}, the file at {len(cursor.buffer)}: was it cut short?")
     return tensor
@@ -143,8 +146,8 @@ def _tensor(
 class _Cursor:
     """Reads little-endian values one after another, and never more than the file holds."""
 
-    def __init__(self, buffer: mmap.mmap, path: Path):
-        self.buffer, self.path, self.position = buffer, path, 0
+    def __init__(self, file: File):
+        self.file, self.buffer, self.path, self.position = file, file.buffer, file.path, 0
 
     def take(self, count: int, what: str) -> bytes:
         if count > len(self.buffer) - self.position:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxinfer.errors import CorruptFile, UnsupportedModel
 from jaxinfer.frontend import gguf_config
-from jaxinfer.frontend.files import Tensor
+from jaxinfer.frontend.files import ALL, Tensor
 from jaxinfer.frontend.gguf import unstack
 from jaxinfer.frontend.gguf_config import ROPE_FACTORS, Metadata
 
@@ -57,14 +57,16 @@ class Fixed:
         return self.stored.nbytes
 
     def read(self) -> np.ndarray:
-        return self.fix(self.stored.read())
+        stored = self.stored
+        return self.fix(stored.rows(0, stored.shape[0]) if stored.shape else stored.read())
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int, columns: slice = ALL) -> np.ndarray:
         if self.together is None:
-            return self.read()[start:stop]
+            return self.read()[start:stop, columns]
         first = start // self.together * self.together
         runs = self.stored.rows(first, -(-stop // self.together) * self.together)
-        return self.fix(runs)[start - first : stop - first]
+        found = self.fix(runs)[start - first : stop - first]
+        return found if columns == ALL else found[:, columns]
 
 
 def translate(

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxinfer.errors import CorruptFile, ModelNotFound, UnsupportedModel
-from jaxinfer.frontend.files import Mapped, Tensor, map_file, parse_json, read_json, representable
+from jaxinfer.frontend.files import File, Mapped, Tensor, parse_json, read_json, representable
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -24,19 +24,27 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }  # fmt: skip
+SINGLE = "model.safetensors"  # the file of a model that has but one
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors package refuses more
 
 
 def open_safetensors(path: Path) -> dict[str, Mapped]:
-    """The tensors of one file by name, none of them read. Raises CorruptFile or UnsupportedModel."""
-    buffer = map_file(path)
+    """The tensors of one file by name, in its order, none of them read. Raises CorruptFile or UnsupportedModel."""
+    return open_with_metadata(path)[0]
+
+
+def open_with_metadata(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
+    """The tensors of one file, and what it says of itself under `__metadata__`."""
+    file = File(path)
+    buffer = file.buffer
     header, start = _header(buffer, path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptFile(f"{path}: __metadata__ must map strings to strings")
-    tensors = {name: _tensor(buffer, start, name, entry, path) for name, entry in header.items()}
+    tensors = {name: _tensor(file, start, name, entry, path) for name, entry in header.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     end = start
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+    for name, tensor in tensors.items():
         if tensor.offset != end:
             problem = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
             raise CorruptFile(f"{path}: tensor {name!r} {problem}: starts at {tensor.offset}, expected {end}")
@@ -44,7 +52,7 @@ def open_safetensors(path: Path) -> dict[str, Mapped]:
     if end != len(buffer):
         kind = "ends early" if end > len(buffer) else "has bytes that belong to no tensor"
         raise CorruptFile(f"{path}: {kind}: the tensors end at byte {end}, the file at {len(buffer)}")
-    return tensors
+    return tensors, metadata
 
 
 def open_safetensors_directory(directory: Path) -> Mapping[str, Tensor]:
@@ -52,7 +60,7 @@ def open_safetensors_directory(directory: Path) -> Mapping[str, Tensor]:
 
     Raises ModelNotFound if there is neither or a shard is missing, CorruptFile if index and shards disagree.
     """
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / SINGLE, directory / f"{SINGLE}.index.json"
     if single.is_file():
         return open_safetensors(single)
     if not index.is_file():
@@ -97,16 +105,15 @@ def _unique(pairs: list[tuple[str, object]], path: Path) -> dict:
     return keys
 
 
-def _tensor(buffer: mmap.mmap, start: int, name: str, entry: object, path: Path) -> Mapped:
-    where = f"{path}: tensor {name!r}"
+def _tensor(file: File, start: int, name: str, entry: object, path: Path) -> Mapped:
+    where, size = f"{path}: tensor {name!r}", len(file.buffer) - start
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptFile(f"{where}: needs exactly dtype, shape and data_offsets, has {entry!r:.200}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not representable(tuple(shape)):
         raise CorruptFile(f"{where}: shape {shape!r:.200} is not a list of sizes that an array can have")
-    if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= len(buffer) - start:
-        raise CorruptFile(f"{where}: data_offsets {offsets!r:.200} do not lie in the file's "
-                          f"{len(buffer) - start} bytes of data")
+    if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
+        raise CorruptFile(f"{where}: data_offsets {offsets!r:.200} do not lie in the file's {size} bytes of data")
     if not isinstance(entry["dtype"], str):
         raise CorruptFile(f"{where}: dtype {entry['dtype']!r:.200} is not a string")
     if (dtype := DTYPES.get(entry["dtype"])) is None:
@@ -114,7 +121,7 @@ def _tensor(buffer: mmap.mmap, start: int, name: str, entry: object, path: Path)
     if (needed := math.prod(shape) * dtype.itemsize) != offsets[1] - offsets[0]:
         raise CorruptFile(f"{where}: shape {shape} of {entry['dtype']} takes {needed} bytes, "
                           f"data_offsets {offsets} give it {offsets[1] - offsets[0]}")
-    return Mapped(buffer, start + offsets[0], tuple(shape), dtype)
+    return Mapped(file, name, start + offsets[0], tuple(shape), dtype)
 
 
 def _naturals(values: object) -> bool:

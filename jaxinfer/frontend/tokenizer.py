@@ -98,6 +98,17 @@ class Tokenizer:
             raise InvalidRequest(f"the model has no chat template{known}: give it a plain prompt, not messages")
         return chat.render(template, messages, tools, add_generation_prompt, **{**self.named, **variables})
 
+    def save(self, folder: Path) -> None:
+        """Write what `from_directory` reads: tokenizer.json, and a tokenizer_config.json with the chat templates."""
+        config: dict[str, Any] = dict(self.named)
+        if self._affixes is not None:
+            before, after = self._affixes
+            config |= {"add_bos_token": bool(before), "add_eos_token": bool(after)}
+        if self.chat_templates:
+            config["chat_template"] = [{"name": n, "template": t} for n, t in self.chat_templates.items()]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), "utf-8")
+        (folder / "tokenizer.json").write_text(self.backend.to_str(), "utf-8")
+
 
 def from_directory(path: str | Path) -> Tokenizer:
     """The tokenizer of a directory in Hugging Face layout.

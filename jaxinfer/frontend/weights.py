@@ -2,61 +2,73 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import Progress, emit
 from jaxinfer.frontend.files import Tensor
+from jaxinfer.frontend.saved import Saved, path_name
+from jaxinfer.frontend.unread import Rounded, Unread
 from jaxinfer.graph import Encoder, Graph, Leaf, Params
-from jaxinfer.kernels.quantised import Format, Quantised, blank, fill, finite, format_of, rows_at_once
+from jaxinfer.kernels.quantised import blank, format_of
 
-CHUNK = 1 << 16  # numbers rounded at a time: their temporaries stay in the cache
+
+@dataclass(frozen=True)
+class Wanted:
+    """An array of params, as a checkpoint has it: by its leaf's names; it may be cast to `dtype`, unless it must be
+    stored `as_it_is` (a quantised weight's parts)."""
+
+    leaf: Leaf
+    dtype: np.dtype
+    as_it_is: bool = False
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A leaf's array, or its quantised ones, unread; and the names of its tensors."""
+
+    leaf: Leaf
+    unread: Any
+    names: tuple[str, ...]
 
 
 def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
-                put: Callable[[Leaf, np.ndarray], Any] = lambda _, array: jax.device_put(array),
-                quantize: str | None = None) -> Params:
-    """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint.
+                put: Callable[[Leaf, Any], Any] = lambda _, x: jax.device_put(x[...]),
+                quantize: str | None = None, saved: Saved | None = None) -> Params:
+    """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint, or by what we
+    `saved` them under.
 
-    Leaves are cast to `dtype`, exact ones to float32; `put(leaf, array)` brings each to its device, or devices. A
-    tensor that needs no change is handed over as it is mapped (on the CPU, where its address is a multiple of 64,
-    params alias the file). At most one leaf per reading thread is held besides what `put` keeps. Emits
-    Progress("load", source, bytes, bytes). With `quantize`, leaves for which its scheme names a format become
-    `Quantised`, some rows at a time: such a weight is never held as floats.
+    Leaves are cast to `dtype`, exact ones to float32; `put(leaf, x)` brings each to its device, or devices, where `x`
+    is read as it is cut (`Unread`): every byte once, and for a mesh only what this process's devices hold. At most one
+    leaf per reading thread is held besides what `put` keeps. Emits Progress("load", source, bytes, bytes). With
+    `quantize`, leaves for which its scheme names a format become `Quantised`, some rows at a time: such a weight is
+    never held as floats.
 
     Raises CheckpointMismatch that lists all missing, surplus and misshapen tensors, before anything is read; and for
-    numbers that cannot be quantised, when they are.
+    numbers that cannot be quantised, when they are. CorruptFile if a file changes or ends while it is read.
     """
-    leaves, tree = jax.tree.flatten(graph.spec)
-    parts = _matched(graph, leaves, tensors, source)
-    sizes = [sum(tensors[name].nbytes for name in names) for names in parts]
-    params: list[Any] = [None] * len(leaves)
+    weights, tree = _open(graph, tensors, dtype, source, quantize, saved)
+    params: list[Any] = [None] * len(weights)
+    sizes = [sum(tensors[name].nbytes for name in weight.names) for weight in weights]
+    place = {name: i for i, name in enumerate(tensors)}  # a file's tensors come in its order
+    in_order = sorted(range(len(weights)), key=lambda i: place[weights[i].names[0]])
     done, total = 0, sum(sizes)
 
-    def read(leaf: Leaf, names: tuple[str, ...]) -> Any:
-        found, number = [tensors[name] for name in names], np.dtype(jnp.float32 if leaf.exact else dtype)
-        format = format_of(leaf, quantize)
-        if format is None:
-            return jax.block_until_ready(put(leaf, assemble(leaf, found, number)))
-        weight = assemble_quantised(leaf, found, number, format)
-        if not finite(weight):
-            raise CheckpointMismatch(source, [f"not finite: {' + '.join(names)} holds NaN, or numbers too large for "
-                                              f"{format.name}; it cannot be quantised"])
-        return jax.block_until_ready(jax.tree.map(partial(put, leaf), weight))
+    def read(weight: Weight) -> Any:
+        return jax.block_until_ready(jax.tree.map(partial(put, weight.leaf), weight.unread))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "load") as pool:
-        futures = {pool.submit(read, leaf, names): i for i, (leaf, names) in enumerate(zip(leaves, parts, strict=True))}
+        futures = {pool.submit(read, weights[i]): i for i in in_order}
         try:
             for future in as_completed(futures):
                 i = futures[future]
@@ -69,16 +81,60 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     return jax.tree.unflatten(tree, params)
 
 
-def _matched(graph: Graph | Encoder, leaves: list[Leaf], tensors: Mapping[str, Tensor], source: str
+def open_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
+                quantize: str | None = None, saved: Saved | None = None) -> Params:
+    """What `load_params` would read, unread: params whose arrays are `Unread`, or parts of a weight that is
+    quantised while it is read. Raises CheckpointMismatch."""
+    weights, tree = _open(graph, tensors, dtype, source, quantize, saved)
+    return jax.tree.unflatten(tree, [weight.unread for weight in weights])
+
+
+def _open(graph: Graph | Encoder, tensors: Mapping[str, Tensor], dtype: Any, source: str, quantize: str | None,
+          saved: Saved | None) -> tuple[list[Weight], Any]:
+    leaves, tree = jax.tree.flatten(graph.spec)
+    number = lambda leaf: np.dtype(jnp.float32 if leaf.exact else dtype)
+    if saved is None:
+        wanted = [Wanted(leaf, number(leaf)) for leaf in leaves]
+    else:
+        wanted = [_as_saved(path_name(path), leaf, number(leaf), saved.quantize)
+                  for path, leaf in jax.tree.leaves_with_path(graph.spec)]
+    names = iter(_matched(graph, jax.tree.leaves(wanted), tensors, source))
+    weights = []
+    for leaf, array in zip(leaves, wanted, strict=True):
+        arrays, shape = jax.tree.flatten(array)
+        mine = [next(names) for _ in arrays]
+        unread = [Unread(one.leaf.shape, one.dtype, tuple(tensors[name] for name in each), one.leaf.transpose)
+                  for one, each in zip(arrays, mine, strict=True)]
+        format = format_of(leaf, quantize)
+        if format is None or len(arrays) > 1:
+            made = jax.tree.unflatten(shape, unread)
+        else:
+            made = Rounded(unread[0], format, number(leaf), source, " + ".join(mine[0])).parts()
+        weights.append(Weight(leaf, made, tuple(name for each in mine for name in each)))
+    return weights, tree
+
+
+def _as_saved(name: str, leaf: Leaf, dtype: np.dtype, quantize: str | None) -> Any:
+    """What is wanted of a checkpoint that has the leaf's arrays as the engine holds them."""
+    format = format_of(leaf, quantize)
+    if format is None:
+        return Wanted(Leaf(leaf.shape, leaf.axes, name), dtype)
+    parts = blank(format, leaf.shape, dtype)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, part: Wanted(Leaf(part.shape, leaf.axes[: len(part.shape)], f"{name}.{path_name(path)}"),
+                                  part.dtype, as_it_is=True), parts)
+
+
+def _matched(graph: Graph | Encoder, arrays: list[Wanted], tensors: Mapping[str, Tensor], source: str
              ) -> list[tuple[str, ...]]:
-    """The names of each leaf's tensors. Raises CheckpointMismatch."""
-    parts, problems = [], []
-    for leaf in leaves:
+    """The names of each array's tensors. Raises CheckpointMismatch."""
+    parts, problems, leaves = [], [], [array.leaf for array in arrays]
+    for array, leaf in zip(arrays, leaves, strict=True):
         names = next((names for names in leaf.alternatives if all(name in tensors for name in names)), None)
         parts.append(names or ())
         if names is None:
             problems.append(f"missing: {_wanted(leaf, tensors)}")
-        elif problem := _misfit(leaf, names, tensors):
+        elif problem := _misfit(array, names, tensors):
             problems.append(problem)
     used = {name for names in parts for name in names}
     wanted = {name for leaf in leaves for names in leaf.alternatives for name in names}
@@ -113,74 +169,17 @@ def _stored(leaf: Leaf, tensor: Tensor) -> tuple[int, ...]:
     return leaf.shape[::-1] if leaf.transpose else leaf.shape
 
 
-def _misfit(leaf: Leaf, names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the shapes or the dtypes of a leaf's tensors, if anything."""
-    shapes = [tuple(tensors[name].shape) for name in names]
+def _misfit(array: Wanted, names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the shapes or the dtypes of an array's tensors, if anything."""
+    leaf, shapes = array.leaf, [tuple(tensors[name].shape) for name in names]
     expected = _stored(leaf, tensors[names[0]])
     for name in names:
-        if not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+        if array.as_it_is and tensors[name].dtype != array.dtype:
+            return f"wrong dtype: {name} holds {tensors[name].dtype}, expected {array.dtype}"
+        if not array.as_it_is and not jnp.issubdtype(tensors[name].dtype, jnp.floating):
             return f"wrong dtype: {name} holds {tensors[name].dtype}, expected floating-point numbers"
     axis = 1 if leaf.transpose else 0  # of the file's tensors, the one along which they are concatenated
     fits = all(len(shape) == len(expected) for shape in shapes) and all(
         sum(shape[d] for shape in shapes) == size if d == axis else all(shape[d] == size for shape in shapes)
         for d, size in enumerate(expected))
     return None if fits else f"wrong shape: {_joined(names)} has {_joined(shapes)}, expected {expected}"
-
-
-def assemble(leaf: Leaf, tensors: list[Tensor], dtype: np.dtype) -> np.ndarray:
-    """A leaf's array from its tensors: read, transposed, concatenated, cast.
-
-    What changes is written once, into memory aligned so that the CPU's `device_put` takes it over without a copy.
-    """
-    if len(tensors) == 1 and not leaf.transpose and tensors[0].dtype == dtype:
-        return tensors[0].read().reshape(leaf.shape)
-    out, row = aligned(leaf.shape, dtype), 0
-    rows = out.reshape(-1, *leaf.shape[2:]) if len(tensors[0].shape) < len(leaf.shape) else out
-    for tensor in tensors:
-        array = tensor.read()
-        array = array.T if leaf.transpose else array
-        cast_into(rows[row : row + len(array)], array)
-        row += len(array)
-    return out
-
-
-def assemble_quantised(leaf: Leaf, tensors: list[Tensor], dtype: np.dtype, format: Format) -> Quantised:
-    """A leaf's quantised weight from its tensors, read and rounded some rows at a time (a transposed one of a block
-    format is read whole)."""
-    out, row, step = blank(format, leaf.shape, dtype, aligned), 0, rows_at_once(leaf.shape)
-    for tensor in tensors:
-        turned = tensor.read().T if leaf.transpose else None
-        count = tensor.shape[1 if leaf.transpose else 0]
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            fill(out, row + start, tensor.rows(start, stop) if turned is None else turned[start:stop])
-        row += count
-    return out
-
-
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array whose address is a multiple of 64."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 63, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def cast_into(out: np.ndarray, array: np.ndarray) -> None:
-    """Write `array` over `out`, in out's dtype. float32 to bfloat16 on raw bits is twice as fast as ml_dtypes' own
-    cast on one thread and, since numpy lets go of the lock, four times on two (3.3 and 4.4 GB/s of float32)."""
-    if out.dtype != ml_dtypes.bfloat16 or array.dtype != np.float32:
-        out[...] = array
-        return
-    step = max(1, CHUNK // max(1, math.prod(array.shape[1:])))
-    for i in range(0, len(array), step):
-        bits = np.ascontiguousarray(array[i : i + step]).view(np.uint32)
-        if ((bits & 0x7FFFFFFF) > 0x7F800000).any():  # rounding could carry a NaN into an infinity
-            out[i : i + step] = array[i : i + step]
-            continue
-        half = bits >> 16
-        half &= 1  # to nearest, ties to even
-        half += 0x7FFF
-        half += bits
-        half >>= 16
-        out[i : i + step].view(np.uint16)[...] = half

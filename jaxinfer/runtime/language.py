@@ -13,6 +13,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -72,13 +73,13 @@ class LanguageModel(Living):
     """
 
     def __init__(self, graph: Graph, tokenizer: Tokenizer, shards: SequenceOf[Shard], *, config: Any,
-                 eos: frozenset[int], max_context: int, load_seconds: float):
+                 eos: frozenset[int], max_context: int, load_seconds: float, save: Callable[..., Path]):
         self.graph, self.tokenizer, self.config = graph, tokenizer, config
         self.max_context = max_context
         self._front, self._eos = Front(shards), eos
         self._engine, self._delivery = shards[0]  # what is true of all shards is asked of the first
         self._ids, self._numbers, self._swapping = itertools.count(1), itertools.count(2), threading.Lock()
-        self._load_seconds = load_seconds
+        self._load_seconds, self._save = load_seconds, save
         for engine, delivery in shards:
             delivery.end = engine.end
         self._shut = weakref.finalize(self, self._front.close)  # also when it is dropped, and at exit
@@ -227,6 +228,15 @@ class LanguageModel(Living):
             for shard in self._front.shards:
                 shard.engine.swap(shard.engine.weights[self.version], True, version)
             self._numbers = numbers
+
+    def save(self, path: str | os.PathLike, format: Literal["safetensors", "orbax"] = "safetensors") -> Path:
+        """Write the model into a new folder, which `jaxinfer.load` takes: config, tokenizer, and the weights of this
+        version as they are held, quantised or not, to the bit.
+
+        "safetensors" is one file that a CPU reads where it is mapped; "orbax" a checkpoint for whoever trains on.
+        Raises InvalidOption if there is something at `path`, SaveFailed if the disk is full; then nothing is there.
+        """
+        return self._save(path, self.params, format=format)
 
     @property
     def device(self) -> jax.Device:

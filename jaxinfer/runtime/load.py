@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer import compiler, events
@@ -21,16 +19,17 @@ from jaxinfer import kernels as ops
 from jaxinfer.compiler import Executables, Key, default_ladder, invariant_ladder
 from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.compiler.placement import Placement, spread
-from jaxinfer.errors import InvalidOption, UnsupportedModel
-from jaxinfer.frontend.architectures import DECODERS, architecture
+from jaxinfer.errors import InvalidOption
 from jaxinfer.frontend.catalog import resolve
-from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
-from jaxinfer.frontend.tokenizer import from_directory
+from jaxinfer.frontend.checkpoint import open_checkpoint
+from jaxinfer.frontend.folder import save_folder
+from jaxinfer.frontend.saved import Saved
 from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Encoder, Graph
-from jaxinfer.kernels.quantised import FORCED, SCHEMES
+from jaxinfer.kernels.quantised import FORCED
 from jaxinfer.kernels.quantised_pages import FORMATS
 from jaxinfer.runtime import memory as planning
+from jaxinfer.runtime import origin
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.devices import find_device, find_meshes
 from jaxinfer.runtime.engine import Engine
@@ -40,9 +39,8 @@ from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
 from jaxinfer.runtime.shards import Shard
 from jaxinfer.scheduler import Scheduler
 
-DTYPES = ("float32", "bfloat16")
-KV_CACHE_DTYPES = (*DTYPES, *FORMATS)
-MAX_CONTEXT, MAX_ROWS = 4096, 32
+KV_CACHE_DTYPES = (*origin.DTYPES, *FORMATS)
+MAX_ROWS = 32
 MAX_WAITING, MAX_WAITING_TOKENS = 1024, 2**20
 INVARIANT = {"attend": "by_page"}  # implementations whose arithmetic for a token depends on nothing but the token
 SHARE = 0.5  # of the free memory may go to a model whose user names no budget,
@@ -58,7 +56,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
     embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
 
-    `source`: a catalog name (`jaxinfer models`), a directory in Hugging Face layout, a .gguf file, or a hub id.
+    `source`: a catalog name (`jaxinfer models`), a directory in Hugging Face layout, a .gguf file, a hub id, a folder
+    that `save` or `jaxinfer convert` wrote, or one with an Orbax checkpoint whose leaves' paths are those of the graph.
     `graph`: a Graph of your own; or a function (or a module with `build`) that makes one from what the front end
     made of the config: the Config of `jaxinfer.graphs.decoder` or `.gpt2`, or config.json's dict if it does not
     know the architecture.
@@ -102,19 +101,16 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     for name, value in (("max_waiting", max_waiting), ("max_waiting_tokens", max_waiting_tokens)):
         if type(value) is not int or value < 1:
             raise InvalidOption(f"{name} is {value!r}; it must be an integer >= 1")
-    if dtype is not None and str(dtype) not in DTYPES:
-        raise InvalidOption(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    origin.check_numbers(dtype, quantize)
     if kv_cache_dtype is not None and not (isinstance(kv_cache_dtype, str) and kv_cache_dtype in KV_CACHE_DTYPES):
         raise InvalidOption(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}, or "
                             "None for the model's dtype")
-    if quantize is not None and (not isinstance(quantize, str) or quantize not in SCHEMES):
-        raise InvalidOption(f"quantize is {quantize!r}; it must be one of {', '.join(SCHEMES)}, or None")
     if max_context is not None and (type(max_context) is not int or max_context < 2):
         raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
     budget = planning.parse_bytes(memory) if memory is not None else None
     compiler.enable()
     meshes, path = find_meshes(mesh, device), resolve(source)
-    forced = {**FORCED.get(quantize, {}), **_forced(kernels, batch_invariant, find_device(device).platform)}
+    forced = _forced(kernels, batch_invariant, find_device(device).platform)
     if path.suffix == ".onnx":
         _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
                            "an ONNX file")
@@ -126,16 +122,19 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     if known is not None:
         raise InvalidOption(f"known is for inputs of an .onnx file; {source} is none")
     checkpoint = open_checkpoint(path)
-    config, model = _model(checkpoint, graph, max_context)
+    quantize = origin.scheme_of(checkpoint, quantize)
+    forced = {**FORCED.get(quantize, {}), **forced}
+    config, model = origin.model_of(checkpoint, graph, max_context)
     if isinstance(model, Encoder):
         _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
                            "an encoder")
-        return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
-                            quantize=quantize, max_waiting=max_waiting, device=find_device(device))
+        return load_encoder(checkpoint, config, model, origin.tokenizer_of(checkpoint), quantize=quantize,
+                            dtype=origin.dtype_of(checkpoint, dtype), max_waiting=max_waiting,
+                            device=find_device(device))
     if max_context is not None and max_context > model.max_context:
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
-    context = max_context or min(MAX_CONTEXT, model.max_context)
-    number = _dtype(checkpoint, dtype)
+    context = max_context or min(origin.MAX_CONTEXT, model.max_context)
+    number = origin.dtype_of(checkpoint, dtype)
     places = [spread(model, one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
     for axis, why in places[0].replicated.items():
         events.emit(events.Replicated(axis, why))
@@ -164,9 +163,9 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             executables.prepare(Key("forward", first), Key("greedy", first.rows))
         for op, how in (kernels or {}).items():
             _check_taken(op, how, each[0].taken(op, how))
-        tokenizer = _tokenizer(checkpoint)
+        tokenizer = origin.tokenizer_of(checkpoint)
         params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
-                             put=places[0].put)
+                             put=places[0].put, saved=checkpoint.saved)
         for executables in each:  # while the first prompt runs
             executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))
         if isinstance(others, Connection):
@@ -174,7 +173,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             return Follower(others, each[0], params)
         if isinstance(each[0], Leader):
             each[0].keep(PARAMS, params)
-        eos, shards = _eos(checkpoint, tokenizer), []
+        eos, shards = origin.eos_of(checkpoint, tokenizer), []
         for executables, place in zip(each, places, strict=True):
             delivery = undo.enter_context(closing(Delivery(tokenizer)))
             scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks, budget=ladder.budget,
@@ -185,7 +184,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
                             max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
             shards.append(Shard(undo.enter_context(closing(engine)), delivery))
         undo.pop_all()
-    return LanguageModel(model, tokenizer, shards, config=config, eos=eos,
+    save = partial(save_folder, checkpoint=checkpoint, tokenizer=tokenizer, saved=Saved(str(number), quantize))
+    return LanguageModel(model, tokenizer, shards, config=config, eos=eos, save=save,
                          max_context=context, load_seconds=time.perf_counter() - start)
 
 
@@ -217,53 +217,3 @@ def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: 
         ("kernels", kernels), ("kv_cache_dtype", kv_cache_dtype is not None)) if given]
     if wrong:
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
-
-
-def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple[Any, Graph | Encoder]:
-    """The config and the Graph. The architecture's default context is cut to ours before RoPE factors are fixed."""
-    known = checkpoint.config.get("model_type") in (*DECODERS, "gpt2")
-    if graph is None or known:
-        found = architecture(checkpoint.config, max_context=max_context, source=checkpoint.source)
-        if max_context is None and found.config.max_context > MAX_CONTEXT:
-            found = architecture(checkpoint.config, max_context=MAX_CONTEXT, source=checkpoint.source)
-        config, build = found
-    else:
-        config, build = checkpoint.config, None
-    if isinstance(graph, Graph | Encoder):
-        return config, graph
-    build = graph if graph is not None else build
-    build = getattr(build, "build", build)
-    if not callable(build):
-        raise InvalidOption(f"graph is a {type(graph).__name__}; it must be a Graph, or a function that makes one "
-                            "from a config, or a module with such a function named build")
-    model = build(config)
-    if not isinstance(model, Graph | Encoder):
-        raise InvalidOption(f"graph made a {type(model).__name__} from the config; it must return a jaxinfer.Graph")
-    return config, model
-
-
-def _dtype(checkpoint: Checkpoint, dtype: str | None) -> Any:
-    if dtype is not None:
-        return jnp.dtype(str(dtype))
-    matrices = [t for t in checkpoint.tensors.values() if len(t.shape) > 1]
-    exact = all(t.dtype == jnp.float32 and t.nbytes == 4 * math.prod(t.shape) for t in matrices)  # on disk as well
-    return jnp.dtype("float32" if exact else "bfloat16")
-
-
-def _tokenizer(checkpoint: Checkpoint):
-    if checkpoint.directory is not None:
-        return from_directory(checkpoint.directory)
-    if checkpoint.gguf is None:
-        raise UnsupportedModel(f"{checkpoint.source} has no tokenizer")
-    from jaxinfer.frontend.gguf_tokenizer import from_gguf
-
-    return from_gguf(checkpoint.gguf)
-
-
-def _eos(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer: the generation config's word, then the config's, then the tokenizer's."""
-    for config in (checkpoint.generation, checkpoint.config):
-        ids = config.get("eos_token_id")
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids]) | tokenizer.eos_ids
-    return tokenizer.eos_ids

@@ -38,7 +38,7 @@ def load_encoder(checkpoint: Checkpoint, config: Any, model: Encoder, tokenizer:
     programs = Encoders(model, shapes, pipeline.pooling, pipeline.normalise, device, forced=FORCED.get(quantize))
     try:
         params = load_params(model, checkpoint.tensors, dtype=dtype, quantize=quantize, source=checkpoint.source,
-                             put=lambda _, array: jax.device_put(array, device))
+                             put=lambda _, x: jax.device_put(x[...], device), saved=checkpoint.saved)
         return TextEncoder(model, programs, params, tokenizer, pipeline, encoder_ladder(longest), config=config,
                            max_delay=MAX_DELAY, max_waiting=max_waiting, name=Path(checkpoint.source).name)
     except BaseException:
