@@ -97,20 +97,10 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     weights at once), InvalidOption, OutOfMemory.
     """
     start = time.perf_counter()
-    if type(max_rows) is not int or not 1 <= max_rows <= 4096:
-        raise InvalidOption(f"max_rows is {max_rows!r}; it must be an integer from 1 to 4096")
+    check_sizes(dtype, kv_cache_dtype, quantize, max_context, max_rows)
     for name, value in (("max_waiting", max_waiting), ("max_waiting_tokens", max_waiting_tokens)):
         if type(value) is not int or value < 1:
             raise InvalidOption(f"{name} is {value!r}; it must be an integer >= 1")
-    if dtype is not None and str(dtype) not in DTYPES:
-        raise InvalidOption(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    if kv_cache_dtype is not None and not (isinstance(kv_cache_dtype, str) and kv_cache_dtype in KV_CACHE_DTYPES):
-        raise InvalidOption(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}, or "
-                            "None for the model's dtype")
-    if quantize is not None and (not isinstance(quantize, str) or quantize not in SCHEMES):
-        raise InvalidOption(f"quantize is {quantize!r}; it must be one of {', '.join(SCHEMES)}, or None")
-    if max_context is not None and (type(max_context) is not int or max_context < 2):
-        raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
     budget = planning.parse_bytes(memory) if memory is not None else None
     compiler.enable()
     meshes, path = find_meshes(mesh, device), resolve(source)
@@ -126,16 +116,16 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     if known is not None:
         raise InvalidOption(f"known is for inputs of an .onnx file; {source} is none")
     checkpoint = open_checkpoint(path)
-    config, model = _model(checkpoint, graph, max_context)
+    config, model = read_model(checkpoint, graph, max_context)
     if isinstance(model, Encoder):
         _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
                            "an encoder")
-        return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
+        return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=dtype_of(checkpoint, dtype),
                             quantize=quantize, max_waiting=max_waiting, device=find_device(device))
     if max_context is not None and max_context > model.max_context:
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(MAX_CONTEXT, model.max_context)
-    number = _dtype(checkpoint, dtype)
+    number = dtype_of(checkpoint, dtype)
     places = [spread(model, one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
     for axis, why in places[0].replicated.items():
         events.emit(events.Replicated(axis, why))
@@ -189,6 +179,21 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
                          max_context=context, load_seconds=time.perf_counter() - start)
 
 
+def check_sizes(dtype: Any, kv_cache_dtype: Any, quantize: Any, max_context: Any, max_rows: Any) -> None:
+    """Raises InvalidOption for what decides how large a model is and has no meaning."""
+    if type(max_rows) is not int or not 1 <= max_rows <= 4096:
+        raise InvalidOption(f"max_rows is {max_rows!r}; it must be an integer from 1 to 4096")
+    if dtype is not None and str(dtype) not in DTYPES:
+        raise InvalidOption(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if kv_cache_dtype is not None and not (isinstance(kv_cache_dtype, str) and kv_cache_dtype in KV_CACHE_DTYPES):
+        raise InvalidOption(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}, or "
+                            "None for the model's dtype")
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in SCHEMES):
+        raise InvalidOption(f"quantize is {quantize!r}; it must be one of {', '.join(SCHEMES)}, or None")
+    if max_context is not None and (type(max_context) is not int or max_context < 2):
+        raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
+
+
 def _forced(kernels: Mapping[str, str] | None, batch_invariant: bool, platform: str) -> dict[str, str]:
     """The implementations that ops take wherever they can."""
     if not isinstance(kernels, Mapping | None):
@@ -219,7 +224,7 @@ def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: 
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
 
 
-def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple[Any, Graph | Encoder]:
+def read_model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple[Any, Graph | Encoder]:
     """The config and the Graph. The architecture's default context is cut to ours before RoPE factors are fixed."""
     known = checkpoint.config.get("model_type") in (*DECODERS, "gpt2")
     if graph is None or known:
@@ -242,7 +247,7 @@ def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple
     return config, model
 
 
-def _dtype(checkpoint: Checkpoint, dtype: str | None) -> Any:
+def dtype_of(checkpoint: Checkpoint, dtype: str | None) -> Any:
     if dtype is not None:
         return jnp.dtype(str(dtype))
     matrices = [t for t in checkpoint.tensors.values() if len(t.shape) > 1]
