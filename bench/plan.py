@@ -1,8 +1,9 @@
 """How far are a plan's predictions from what is measured?
 
 On the CPU: SmolLM2-135M's shape with random weights is planned from its config, then loaded; the engine's steps, a
-prompt, weights, pages and the steps' temporaries are measured. With --gpu the same of the 8B shape on an H200 or an
-H100. With --recorded nothing is measured: the plan for an H200 is held beside what bench/decode_gpu.py measured there.
+prompt, weights, pages and the steps' temporaries are measured. With `--platform gpu` the same of the 8B shape on an H200
+or an H100. With `--platform recorded` nothing is measured: the plan for an H200 is held beside what bench/decode_gpu.py
+measured there.
 No figure of a device was fitted to any of these numbers: they are a copy's bandwidth and the rates of single ops.
 """
 
@@ -97,19 +98,17 @@ def body(found: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--gpu", action="store_true", help="the 8B shape on the GPU that is here")
-    where.add_argument("--recorded", action="store_true", help="beside bench/results/decode_gpu.json")
+    parser.add_argument("--platform", choices=("cpu", "gpu", "recorded"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="only see that it runs: a tiny shape")
     options = parser.parse_args()
-    part = "recorded" if options.recorded else "gpu" if options.gpu else "cpu"
-    if options.recorded:
+    part, gpu = options.platform, options.platform == "gpu"
+    if part == "recorded":
         found = recorded()
     else:
-        config = TINY if options.quick else LLAMA_8B if options.gpu else SMOLLM2
+        config = TINY if options.quick else LLAMA_8B if gpu else SMOLLM2
         rows, context, new, rounds = ((1, 2), 64, 16, 1) if options.quick else (
-            ((1, 8, 64, 256), 512, 96, 3) if options.gpu else ((1, 8, 32), 512, 32, 1))
-        ways = ({"dtype": "bfloat16", "memory": "70GiB"},) if options.gpu else CPU_WAYS
+            ((1, 8, 64, 256), 512, 96, 3) if gpu else ((1, 8, 32), 512, 32, 1))
+        ways = ({"dtype": "bfloat16", "memory": "70GiB"},) if gpu else CPU_WAYS
         with tempfile.TemporaryDirectory() as folder:
             path = write(Path(folder), config)
             found = [one for way in ways for one in compare(path, rows, context, new, rounds, **way)]

@@ -90,7 +90,7 @@ HARDWARE = {device.name: device for device in (
     _tpu("v5e", "TPU v5 lite", 16e9, 819e9, 197e12, 394e12, 200e9),
     _tpu("v5p", "TPU v5", 95e9, 2765e9, 459e12, 918e12, 600e9),
     _tpu("v6e", "TPU v6 lite", 32e9, 1640e9, 918e12, 1836e12, 448e9),
-    _hopper("h100", "NVIDIA H100 80GB HBM3", 84_978_434_048, 2.95e12, "a copy's bandwidth as measured; matmuls as on an H200"),
+    _hopper("h100", "NVIDIA H100 80GB HBM3", 84_978_434_048, 2.95e12, "measured: a copy; the others as of an H200"),
     _hopper("h200", "NVIDIA H200", 150_000_000_000, 4.3e12, "measured: a copy, matmuls, attention, kernels"),
 )}
 
