@@ -1,9 +1,9 @@
 """How far are a plan's predictions from what is measured?
 
 On the CPU: SmolLM2-135M's shape with random weights is planned from its config, then loaded; the engine's steps, a
-prompt, weights, pages and the steps' temporaries are measured. With `--platform gpu` the same of the 8B shape on an H200
-or an H100. With `--platform recorded` nothing is measured: the plan for an H200 is held beside what bench/decode_gpu.py
-measured there.
+prompt, weights, pages and the steps' temporaries are measured. With `--platform gpu` the same of the 8B shape on an
+H200 or an H100. With `--platform recorded` nothing is measured: the plan for an H200 is held beside what
+bench/decode_gpu.py measured there.
 No figure of a device was fitted to any of these numbers: they are a copy's bandwidth and the rates of single ops.
 """
 

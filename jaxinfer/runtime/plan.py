@@ -463,4 +463,5 @@ def _suggestions(planner: Planner) -> tuple[str, ...]:
             needed = other.needed(1, other.max_context, other.max_rows)
             fitting[name] = f"{name}={value!r}: {amount(needed, 'B')}"
     needed = planner.needed(1, planner.max_context, planner.max_rows)
-    return (*tuple(fitting.values())[:2], f"memory={needed!r}: {amount(needed, 'B')}")
+    there_is = (f"memory={needed!r}: {amount(needed, 'B')}",) if needed <= planner.hardware.memory else ()
+    return (*there_is, *fitting.values())[:3]
