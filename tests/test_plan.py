@@ -233,3 +233,21 @@ def test_a_tpu_slice_that_is_not_here_is_planned_by_its_compiler(topology, mesh)
     with pytest.raises(InvalidOption, match="no such slice"):
         ji.plan(PLAIN, topology="v5e:9x7")
     assert jnp.zeros(1).device.platform == "cpu"
+
+
+def test_the_command_prints_the_plan_and_writes_its_picture(tmp_path, monkeypatch, capsys):
+    from jaxinfer import cli
+
+    (tmp_path / "config.json").write_text(json.dumps(tiny.PLAIN))
+    arguments = ["plan", str(tmp_path / "config.json"), "--device", "h100", "--arithmetic", "--prompt-tokens", "32",
+                 "--answer-tokens", "16", "--max-context", "256", "--price", "2.5", "--mesh", "data=2,model=2"]
+    monkeypatch.setattr("sys.argv", ["jaxinfer", *arguments, "--picture", str(tmp_path / "plan.svg")])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().out
+    assert not left.value.code and "4 x h100" in said and "cost of 1 M tokens" in said and "32 + 16 tokens" in said
+    assert (tmp_path / "plan.svg").read_text().startswith("<svg")
+    monkeypatch.setattr("sys.argv", ["jaxinfer", *arguments[:-1], "model=two"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "model='two'" in capsys.readouterr().err

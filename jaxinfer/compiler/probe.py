@@ -20,7 +20,7 @@ from jaxinfer.graph import Run
 from jaxinfer.kernels.quantised import FP8, INT4, INT8, blank
 
 LEAST, ROUNDS = 0.02, 5  # seconds that a round takes at least, and how many there are; the best one counts
-QUICK, CALLS = 0.01, 4  # seconds of a probe's round, and calls in its program
+QUICK, CALLS, MOST_COPIES = 0.01, 4, 64  # seconds of a probe's round, calls in its program, and all it has arrays for
 EDGE, SPREAD = 1024, 2**26  # of the matmul, and bytes, by which a device is known: more than a cache holds
 MOST_WEIGHTS, MOST_SEEN, MOST_OPERATIONS, SLOTS = 2**22, 1024, 2 * 10**9, 64  # of what is tried; the rest is like it
 ACCUMULATES = {jnp.dtype(jnp.int8): jnp.int32}  # everything else in float32
@@ -145,7 +145,7 @@ def _sets(arrays: Any, operations: int) -> list[list[Any]]:
     """Copies of what a call owns, as many as make the caches forget the first, but no more than are soon computed; a
     program calls the op for each of a set."""
     size = sum(x.nbytes for x in jax.tree.leaves(arrays))
-    count = max(1, min(SPREAD // size, MOST_OPERATIONS // operations))
+    count = max(1, min(SPREAD // size, MOST_OPERATIONS // operations, MOST_COPIES))
     each = min(count, CALLS)
     return [[jax.tree.map(jnp.copy, arrays) for _ in range(each)] for _ in range(count // each)]
 
