@@ -109,7 +109,7 @@ def _cut_matmul(format: str | None, dtype: str, T: int, O: int, I: int) -> tuple
 
 
 def _matmul(format: str | None, dtype: str, T: int, O: int, I: int) -> float:
-    kind = {known.name: known for known in (INT8, FP8, INT4)}.get(format)
+    kind = next((known for known in (INT8, FP8, INT4) if known.name == format), None)
     ones = lambda shape, dtype: jnp.ones(shape, dtype)
     w_OI = ones((O, I), dtype) if kind is None else blank(kind, (O, I), dtype, ones)
 

@@ -258,7 +258,7 @@ def plan(model: Any, *, topology: str | None = None, device: str | jax.Device | 
     counts = dict.fromkeys((1, served.rows if served else 1, max_rows))
     try:
         return Plan(
-            model=source.name, device=target.hardware.name, devices=target.count, placement=str(target.where),
+            model=source.name, device=target.hardware.name, devices=target.devices, placement=str(target.where),
             dtype=str(source.dtype), quantize=quantize, max_context=context, max_rows=max_rows, budget=planner.budget,
             weights=planner.weights, pages=planner.pages,
             page_count={group.name: group.pages for group in planner.groups}, temporaries=planner.scratch,
@@ -307,14 +307,14 @@ def _read(model: Any, max_context: int | None, dtype: str | None) -> Source:
 
 
 class Target(NamedTuple):
-    """Where it is planned: one of `shards` lies at `place`, of `count` devices in all. `budget` and `most` are bytes.
+    """Where it is planned: one of `shards` lies at `place`, of `devices` in all. `budget` and `most` are bytes.
     `within` is what the compiler must be told (None: it is not asked), `around` what holds meanwhile; `asked` says so
     in words."""
 
     hardware: Hardware
     place: Placement
     shards: int
-    count: int
+    devices: int
     budget: int
     most: int | None
     within: Callable[[], AbstractContextManager] | None
@@ -426,7 +426,7 @@ def _serve(planner: Planner, traffic: Traffic, rows: int, target: Target, price:
     served = able if asked is None else min(able, asked)
     tokens = served * traffic.answer_tokens
     step = planner.decode(rows, traffic.prompt_tokens + traffic.answer_tokens // 2)
-    cost = None if price is None else price * target.count / 3600 / tokens * 1e6
+    cost = None if price is None else price * target.devices / 3600 / tokens * 1e6
     return Service(rows, tokens, served, planner.prompt_seconds(traffic.prompt_tokens) + step.seconds,
                    _round(planner, traffic, rows) / traffic.answer_tokens, asked is None or able >= asked, cost)
 

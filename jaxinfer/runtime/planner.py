@@ -232,9 +232,9 @@ class Planner:
             roofline += count * (sum(one.all for one in each) + self._launches(works, found))
             if kind is None:
                 continue
-            if found is None or found.seconds is None:
+            if found is None or found.seconds is None or predicted is None:
                 predicted = None
-            if predicted is not None and found is not None:
+            else:
                 left = sum(one.all for work, one in zip(works, each, strict=True) if work.op in found.not_counted)
                 predicted += count * (found.seconds + left)
         return Step(name, rows, tokens, context, memory, arithmetic, roofline, predicted)
