@@ -28,12 +28,12 @@ import numpy as np
 
 import jaxinfer as ji
 from bench.support.decoding import decode_rate, decode_run, scattered
-from bench.support.limits import bandwidth
 from bench.support.random_checkpoint import write
 from bench.support.report import BENCH, publish, table, versions
 from bench.support.shapes import SHAPES
 from jaxinfer.compiler import Key
 from jaxinfer.compiler.buckets import decode
+from jaxinfer.compiler.probe import bandwidth
 
 
 class Plan(NamedTuple):

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.support.limits import bandwidth, best, matmul_rate
 from bench.support.report import publish, table
+from jaxinfer.compiler.probe import bandwidth, best, matmul_rate
 from jaxinfer.kernels import moe_gpu, routed_ffn
 from jaxinfer.kernels.moe_gpu import Tile, Tiling
 

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.support.limits import best
 from bench.support.ops import weight
 from bench.support.report import publish, table
+from jaxinfer.compiler.probe import best
 from jaxinfer.graph import Pages, Run
 from jaxinfer.kernels import attend, gated, matmul, tracing
 from jaxinfer.kernels.attention_gpu import Decode, Prefill

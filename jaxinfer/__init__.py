@@ -6,21 +6,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxinfer.compiler.inspect import inspect
     from jaxinfer.errors import JaxinferError
-    from jaxinfer.graph import Block, Graph, Leaf, Run, StateGroup
+    from jaxinfer.graph import Graph, Leaf, Run
     from jaxinfer.request import Output, Piece, Request, Sampling
     from jaxinfer.runtime.language import LanguageModel
     from jaxinfer.runtime.load import load
+    from jaxinfer.runtime.plan import plan
     from jaxinfer.runtime.registry import Registry
     from jaxinfer.runtime.wrap import endpoint
 
 __version__ = "0.1.0"
-__all__ = ["Block", "Graph", "JaxinferError", "LanguageModel", "Leaf", "Output", "Piece", "Registry", "Request", "Run",
-           "Sampling", "StateGroup", "endpoint", "inspect", "load"]
+__all__ = ["Graph", "JaxinferError", "LanguageModel", "Leaf", "Output", "Piece", "Registry", "Request", "Run",
+           "Sampling", "endpoint", "inspect", "load", "plan"]
 _HOMES = {
-    "errors": ("JaxinferError",), "graph": ("Block", "Graph", "Leaf", "Run", "StateGroup"),
+    "errors": ("JaxinferError",), "graph": ("Graph", "Leaf", "Run"),
     "request": ("Output", "Piece", "Request", "Sampling"), "runtime.language": ("LanguageModel",),
-    "runtime.load": ("load",), "runtime.registry": ("Registry",), "runtime.wrap": ("endpoint",),
-    "compiler.inspect": ("inspect",),
+    "runtime.load": ("load",), "runtime.plan": ("plan",), "runtime.registry": ("Registry",),
+    "runtime.wrap": ("endpoint",), "compiler.inspect": ("inspect",),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `jaxinfer run | chat | pull | convert | verify | models`.
+"""The command line: `jaxinfer run | chat | plan | pull | convert | verify | models`.
 
 Only a command that needs a model imports JAX."""
 
@@ -130,6 +130,42 @@ def chat(
 
 
 @app.command()
+def plan(
+    model: Model,
+    topology: Annotated[str | None, _option("A TPU slice that need not be here, such as v5e:2x2.")] = None,
+    device: Annotated[str | None, _option("cpu, gpu or tpu; or one that need not be here, such as h200.")] = None,
+    mesh: Annotated[str | None, _option("Several devices, as model=4 or data=2,model=4.")] = None,
+    dtype: DType = None,
+    quantize: Quantize = None,
+    kv_cache_dtype: KvCacheDtype = None,
+    max_context: MaxContext = None,
+    max_rows: MaxRows = None,
+    memory: Memory = None,
+    price: Annotated[float | None, _option("Of one device for an hour.")] = None,
+    prompt_tokens: Annotated[int | None, _option("Of a request.")] = None,
+    answer_tokens: Annotated[int | None, _option("Of a request.")] = None,
+    concurrency: Annotated[int | None, _option("Requests at any time.")] = None,
+    requests_per_second: Annotated[float | None, _option("Instead of a concurrency.")] = None,
+    arithmetic: Annotated[bool, _option("Ask no compiler: at once, and less exact.", "--arithmetic")] = False,
+    picture: Annotated[str | None, _option("Write the picture to this .svg file.")] = None,
+) -> None:
+    """Print what MODEL needs and takes, from its config alone: memory, times, tokens a second, cost. MODEL may also be
+    the path of a config.json."""
+    import jaxinfer
+
+    traffic = _given(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, concurrency=concurrency,
+                     requests_per_second=requests_per_second)
+    options = _given(topology=topology, device=device, mesh=None if mesh is None else _sizes(mesh), dtype=dtype,
+                     quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context, max_rows=max_rows,
+                     memory=memory, price=price)
+    with shown():
+        found = jaxinfer.plan(model, traffic=traffic, compile=not arithmetic, **options)
+    typer.echo(found)
+    if picture is not None:
+        found.save(picture)
+
+
+@app.command()
 def pull(model: Model) -> None:
     """Download MODEL unless it is here, and print where it is."""
     from jaxinfer.frontend.catalog import resolve
@@ -192,6 +228,12 @@ def main() -> None:
 
 def _complain(error: JaxinferError) -> None:
     typer.secho(f"error: {error}", fg="red", err=True)
+
+
+def _sizes(mesh: str) -> dict[str, Any]:
+    """The sizes of a mesh's axes: "data=2,model=4"."""
+    parts = [part.partition("=") for part in mesh.split(",")]
+    return {axis.strip(): int(size) if size.strip().isdecimal() else size for axis, _, size in parts}
 
 
 def _given(**options: Any) -> dict[str, Any]:

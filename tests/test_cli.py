@@ -55,7 +55,7 @@ class Terminal(io.StringIO):
 def test_help_names_every_command():
     ran = jaxinfer("--help")
     assert ran.returncode == 0
-    assert all(command in ran.stdout for command in ("run", "chat", "pull", "convert", "verify", "models"))
+    assert all(command in ran.stdout for command in ("run", "chat", "plan", "pull", "convert", "verify", "models"))
 
 
 @pytest.mark.parametrize("command", ["run", "chat"])

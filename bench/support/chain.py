@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.support.limits import best
 from bench.support.ops import Arrays, Case
 from jaxinfer import kernels
+from jaxinfer.compiler.probe import best
 
 MOST_SETS = 8
 

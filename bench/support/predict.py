@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import jax
@@ -13,15 +12,6 @@ from bench.support.ops import Case
 from jaxinfer import kernels
 
 NOT_COUNTED = ("tpu_custom_call", " while(")  # Pallas kernels count as nothing, the body of a loop once
-
-
-def chip(topology: str) -> jax.Device:
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    jax.config.update("jax_enable_compilation_cache", False)  # it would look for a client of this platform
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices[0]
 
 
 def seconds(case: Case, device: jax.Device) -> tuple[float | None, str]:

@@ -73,11 +73,11 @@ class Inspection:
             ("HLO operations after", f"{self.after:,}"),
             ("kernels after fusion", f"{sum(self.kernels.values()):,}" + (f" ({kinds})" if kinds else "")),
             ("of constants, folded", f"{self.folded:,}"),
-            ("FLOPs", _amount(self.flops, "")),
-            ("bytes accessed", _amount(self.bytes_accessed, "B")),
-            ("peak memory", f"{_amount(self.peak_bytes, 'B')} (arguments {_amount(self.argument_bytes, 'B')}, outputs "
-                            f"{_amount(self.output_bytes, 'B')}, temporaries {_amount(self.temporary_bytes, 'B')})"),
-            ("generated code", _amount(self.code_bytes, "B")),
+            ("FLOPs", amount(self.flops, "")),
+            ("bytes accessed", amount(self.bytes_accessed, "B")),
+            ("peak memory", f"{amount(self.peak_bytes, 'B')} (arguments {amount(self.argument_bytes, 'B')}, outputs "
+                            f"{amount(self.output_bytes, 'B')}, temporaries {amount(self.temporary_bytes, 'B')})"),
+            ("generated code", amount(self.code_bytes, "B")),
             ("compile time", f"{self.compile_seconds:.2f} s"),
         ]
 
@@ -206,10 +206,10 @@ def _count(value: Any) -> int | None:
     return len(value) if hasattr(value, "__len__") else value if isinstance(value, int) else None
 
 
-def _amount(value: float | None, unit: str) -> str:
+def amount(value: float | None, unit: str) -> str:
     """A number to three digits in powers of a thousand.
 
-    >>> _amount(12_345_678, "B"), _amount(12, "B"), _amount(None, "B")
+    >>> amount(12_345_678, "B"), amount(12, "B"), amount(None, "B")
     ('12.3 MB', '12 B', 'unknown')
     """
     if value is None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxinfer.graph import Graph, Leaf
 
@@ -23,7 +25,7 @@ class Placement:
     mesh axis; `replicated` are those that should be and are not, and why: every device has all of them."""
 
     device: jax.Device
-    mesh: Mesh | None = None
+    mesh: Any = None  # a Mesh; an AbstractMesh where only shapes are placed
     axes: Mapping[str, str] = field(default_factory=dict)
     replicated: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,9 +109,9 @@ class Placement:
         return f"{size}: {cut or 'nothing is cut'}{why}"
 
 
-def spread(graph: Graph, mesh: Mesh) -> Placement:
+def spread(graph: Graph, mesh: Mesh | AbstractMesh) -> Placement:
     """The placement of `graph` on `mesh`: an axis of RULES is cut if every leaf that has it, part by part, and for
-    "heads" the KV heads of every state group, can be."""
+    "heads" the KV heads of every state group, can be. Of an abstract mesh it is a placement of shapes alone."""
     axes, replicated = {}, {}
     for axis, name in RULES.items():
         n, sizes = mesh.shape.get(name, 1), tuple(_sizes(graph, axis))
@@ -118,7 +120,8 @@ def spread(graph: Graph, mesh: Mesh) -> Placement:
             replicated[axis] = f"{wrong} cannot be divided by {name}={n}"
         elif sizes and n > 1:
             axes[axis] = name
-    return Placement(mesh.devices.flat[0], mesh, axes, replicated)
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
+    return Placement(device, mesh, axes, replicated)
 
 
 def _sizes(graph: Graph, axis: str) -> Iterator[tuple[int, str]]:
@@ -155,3 +158,9 @@ def _reorder(x: jax.Array, order: np.ndarray) -> jax.Array:
 def over_leaves(act: Callable[[Leaf, Any], Any], spec: Any, params: Any) -> Any:
     """`act(leaf, array)` for each array of params; a leaf may have several (values and their scale)."""
     return jax.tree.map(lambda leaf, value: jax.tree.map(lambda x: act(leaf, x), value), spec, params)
+
+
+def held(arrays: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes, on each of the devices that share them."""
+    piece = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
+    return sum(math.prod(piece(x)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(arrays))

@@ -73,8 +73,9 @@ CATALOG = {entry.name: entry for entry in [
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
-    """The folder or .gguf file that `source` names, downloaded first where it has to be.
+def resolve(source: str | os.PathLike[str], weights: bool = True) -> Path:
+    """The folder or .gguf file that `source` names, downloaded first where it has to be; a hub's model without its
+    `weights` where they are not wanted.
 
     `source` is, in this order: a name in `CATALOG`, a folder, a .gguf file, or a hub id ("org/name").
     Raises `ModelNotFound` or `DownloadFailed`.
@@ -94,7 +95,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         raise ModelNotFound(f"{path} is a file, but no .gguf or .onnx; for safetensors give the folder that holds "
                             f"config.json, perhaps {path.absolute().parent}")
     if HUB_ID.fullmatch(text) and path.suffix not in (".gguf", ".onnx", ".safetensors"):
-        return fetch_snapshot(text)
+        return fetch_snapshot(text, weights)
     close = difflib.get_close_matches(text.lower(), CATALOG, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ModelNotFound(f"{text!r} is no model of the catalog ({', '.join(CATALOG)}), and there is no folder "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from jaxinfer.errors import ModelNotFound, UnsupportedModel
 from jaxinfer.frontend.aligned import read_saved
+from jaxinfer.frontend.catalog import resolve
 from jaxinfer.frontend.files import Tensor, read_json
 from jaxinfer.frontend.gguf import MAGIC, open_gguf
 from jaxinfer.frontend.gguf_translate import translate
@@ -57,6 +59,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     metadata, stored = open_gguf(path)
     config, tensors, generation = translate(metadata, stored, str(path))
     return Checkpoint(str(path), config, tensors, generation, None, metadata)
+
+
+def open_config(source: str | os.PathLike[str]) -> Checkpoint:
+    """A model's description, from what `resolve` takes or from the path of a config.json: its weights need not be
+    there, and are not fetched from a hub. Without them `tensors` is empty.
+
+    Raises what `resolve` and `open_checkpoint` raise.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        return Checkpoint(str(path), read_json(path), {}, {}, None, None)
+    path = resolve(source, weights=False)
+    if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        return Checkpoint(str(path), read_json(path / "config.json"), {}, {}, path, None)
+    return open_checkpoint(path)
 
 
 def _open_directory(directory: Path) -> Checkpoint:

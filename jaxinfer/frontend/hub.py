@@ -15,11 +15,12 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 SURPLUS = ["[!1-9]*/*", "consolidated*"]  # folders of other formats (not 1_Pooling), and Mistral's second copy
 
 
-def fetch_snapshot(repo: str) -> Path:
+def fetch_snapshot(repo: str, weights: bool = True) -> Path:
     """The folder of the hub's model `repo` ("org/name"), downloaded unless the hub's cache holds it.
 
-    Only configs, tokenizers, chat templates and safetensors are fetched. Raises `ModelNotFound` where the hub
-    has no such model, or cannot be reached and the cache lacks it; `DownloadFailed` where fetching broke off.
+    Only configs, tokenizers, chat templates and safetensors are fetched; without `weights` only config.json.
+    Raises `ModelNotFound` where the hub has no such model, or cannot be reached and the cache lacks it;
+    `DownloadFailed` where fetching broke off.
     """
     from huggingface_hub import constants, errors, snapshot_download  # takes 0.4 s, and most runs need no hub
 
@@ -27,7 +28,8 @@ def fetch_snapshot(repo: str) -> Path:
     with writing(repo, cache, needed=0):
         try:
             bars: Any = _events_for_bars(repo, totals)
-            folder = snapshot_download(repo, allow_patterns=FILES, ignore_patterns=SURPLUS, tqdm_class=bars)
+            folder = snapshot_download(repo, allow_patterns=FILES if weights else ["config.json"],
+                                       ignore_patterns=SURPLUS, tqdm_class=bars)
         except errors.GatedRepoError as error:
             raise ModelNotFound(f"{repo}: only users whom its owner has let in may download it; accept its "
                                 f"terms on {hub}/{repo}, then log in with `hf auth login`") from error
@@ -46,11 +48,11 @@ def fetch_snapshot(repo: str) -> Path:
                                  f"files stay in {cache}, try again") from error
     if totals:
         emit(Progress("download", repo, totals[-1], totals[-1]))
-    return _checked(repo, Path(folder))
+    return _checked(repo, Path(folder), ("config.json", "*.safetensors") if weights else ("config.json",))
 
 
-def _checked(repo: str, folder: Path) -> Path:
-    lacking = [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]
+def _checked(repo: str, folder: Path, needed: tuple[str, ...]) -> Path:
+    lacking = [pattern for pattern in needed if not any(folder.glob(pattern))]
     if lacking:
         raise ModelNotFound(f"{repo}: the hub's copy has no {' and no '.join(lacking)}; models are read from "
                             "config.json and *.safetensors, or from a .gguf file that you download and name")

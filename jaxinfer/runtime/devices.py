@@ -33,15 +33,7 @@ def find_meshes(mesh: Mapping[str, int] | None, device: str | jax.Device | None)
     """
     if mesh is None:
         return [find_device(device)]
-    wanted = "it must be a dict of sizes such as {'model': 2} or {'data': 2, 'model': 2}"
-    if not isinstance(mesh, Mapping):
-        raise InvalidOption(f"mesh is {mesh!r}; {wanted}")
-    if unknown := [axis for axis in mesh if axis not in AXES]:
-        raise InvalidOption(f"mesh has an axis {unknown[0]!r}; its axes are {' and '.join(map(repr, AXES))}")
-    for axis, size in mesh.items():
-        if type(size) is not int or size < 1:
-            raise InvalidOption(f"mesh has {axis}={size!r}; a size must be an integer >= 1")
-    data, model = (mesh.get(axis, 1) for axis in AXES)
+    data, model = mesh_sizes(mesh)
     devices = _of_kind(device, data * model, mesh)
     if jax.process_count() > 1 and (data > 1 or len({d.process_index for d in devices}) < jax.process_count()):
         raise InvalidOption(f"mesh is {dict(mesh)}; with {jax.process_count()} processes it must have 'model' alone, "
@@ -50,6 +42,19 @@ def find_meshes(mesh: Mapping[str, int] | None, device: str | jax.Device | None)
         return list(devices)
     grid = jax.make_mesh((data, model), AXES, (AxisType.Auto,) * 2, devices=devices).devices
     return [Mesh(row, ("model",)) for row in grid]
+
+
+def mesh_sizes(mesh: Mapping[str, int]) -> tuple[int, int]:
+    """The sizes of a mesh's axes, "data" and "model". Raises InvalidOption for other axes or sizes."""
+    wanted = "it must be a dict of sizes such as {'model': 2} or {'data': 2, 'model': 2}"
+    if not isinstance(mesh, Mapping):
+        raise InvalidOption(f"mesh is {mesh!r}; {wanted}")
+    if unknown := [axis for axis in mesh if axis not in AXES]:
+        raise InvalidOption(f"mesh has an axis {unknown[0]!r}; its axes are {' and '.join(map(repr, AXES))}")
+    for axis, size in mesh.items():
+        if type(size) is not int or size < 1:
+            raise InvalidOption(f"mesh has {axis}={size!r}; a size must be an integer >= 1")
+    return mesh.get(AXES[0], 1), mesh.get(AXES[1], 1)
 
 
 def _of_kind(device: Any, count: int, mesh: Mapping[str, int]) -> list[jax.Device]:

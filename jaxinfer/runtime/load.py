@@ -96,17 +96,10 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     weights at once), InvalidOption, OutOfMemory.
     """
     start = time.perf_counter()
-    if type(max_rows) is not int or not 1 <= max_rows <= 4096:
-        raise InvalidOption(f"max_rows is {max_rows!r}; it must be an integer from 1 to 4096")
+    check_sizes(dtype, kv_cache_dtype, quantize, max_context, max_rows)
     for name, value in (("max_waiting", max_waiting), ("max_waiting_tokens", max_waiting_tokens)):
         if type(value) is not int or value < 1:
             raise InvalidOption(f"{name} is {value!r}; it must be an integer >= 1")
-    origin.check_numbers(dtype, quantize)
-    if kv_cache_dtype is not None and not (isinstance(kv_cache_dtype, str) and kv_cache_dtype in KV_CACHE_DTYPES):
-        raise InvalidOption(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}, or "
-                            "None for the model's dtype")
-    if max_context is not None and (type(max_context) is not int or max_context < 2):
-        raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
     budget = planning.parse_bytes(memory) if memory is not None else None
     compiler.enable()
     meshes, path = find_meshes(mesh, device), resolve(source)
@@ -187,6 +180,18 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     save = partial(save_folder, checkpoint=checkpoint, tokenizer=tokenizer, saved=Saved(str(number), quantize))
     return LanguageModel(model, tokenizer, shards, config=config, eos=eos, save=save,
                          max_context=context, load_seconds=time.perf_counter() - start)
+
+
+def check_sizes(dtype: Any, kv_cache_dtype: Any, quantize: Any, max_context: Any, max_rows: Any) -> None:
+    """Raises InvalidOption for what decides how large a model is and has no meaning."""
+    if type(max_rows) is not int or not 1 <= max_rows <= 4096:
+        raise InvalidOption(f"max_rows is {max_rows!r}; it must be an integer from 1 to 4096")
+    origin.check_numbers(dtype, quantize)
+    if kv_cache_dtype is not None and not (isinstance(kv_cache_dtype, str) and kv_cache_dtype in KV_CACHE_DTYPES):
+        raise InvalidOption(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}, or "
+                            "None for the model's dtype")
+    if max_context is not None and (type(max_context) is not int or max_context < 2):
+        raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
 
 
 def _forced(kernels: Mapping[str, str] | None, batch_invariant: bool, platform: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxinfer.compiler.placement import Placement
+from jaxinfer.compiler.placement import Placement, held
 from jaxinfer.errors import InvalidOption, OutOfMemory
 from jaxinfer.graph import Encoder, Graph, Leaf, State, StateGroup
 from jaxinfer.kernels import init_pages
@@ -74,12 +73,6 @@ def free(places: Sequence[Placement]) -> int:
     return least
 
 
-def held(arrays: Any) -> int:
-    """Bytes of a tree of arrays, or of their shapes, on each of the devices that share them."""
-    piece = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
-    return sum(math.prod(piece(x)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(arrays))
-
-
 def nbytes(spec: Any, dtype: Any, quantize: str | None = None, place: Placement | None = None) -> int:
     """Bytes of the weights of a spec, in `dtype` but for the exact leaves and the quantised ones; those that each
     device of `place` holds."""
@@ -104,13 +97,7 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
     the budget came from.
     """
     weights, scratch = nbytes(graph.spec, dtype, quantize, place), temporaries(graph, chunk, max_rows)
-    shards, one = place.shards("heads") if place else 1, {}
-    page_bytes = {g.name: g.layers * held(_pages(g, 1, dtype, kv_cache_dtype)) // shards for g in graph.groups}
-    for group in graph.groups:
-        full = PageGroup(group.name, PAGE_SIZE, 0, group.window)
-        start = max(0, max_context - chunk)
-        slack = group.window is not None
-        one[group.name] = max(full.need(start, max_context), full.need(0, min(chunk, max_context))) + slack + 1
+    page_bytes, one = bytes_of_page(graph, dtype, kv_cache_dtype, place), pages_of_row(graph, max_context, chunk)
     per_row = sum(one[name] * page_bytes[name] for name in one)
     rows = min(max_rows, (budget - weights - scratch) / per_row)
     if most is not None:
@@ -125,6 +112,23 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
             "smaller dtype, quantize or kv_cache_dtype."
         )
     return tuple(PageGroup(g.name, PAGE_SIZE, int(rows * one[g.name]), g.window) for g in graph.groups)
+
+
+def bytes_of_page(graph: Graph, dtype: Any, kv_cache_dtype: str | None, place: Placement | None) -> dict[str, int]:
+    """Bytes of a page in all layers of each state group, on each device of `place`."""
+    shards = place.shards("heads") if place else 1
+    return {g.name: g.layers * held(_pages(g, 1, dtype, kv_cache_dtype)) // shards for g in graph.groups}
+
+
+def pages_of_row(graph: Graph, max_context: int, chunk: int) -> dict[str, int]:
+    """The pages of each state group that a row needs for a full context."""
+    one = {}
+    for group in graph.groups:
+        full = PageGroup(group.name, PAGE_SIZE, 0, group.window)
+        start = max(0, max_context - chunk)
+        slack = group.window is not None
+        one[group.name] = max(full.need(start, max_context), full.need(0, min(chunk, max_context))) + slack + 1
+    return one
 
 
 def abstract_params(graph: Graph | Encoder, dtype: Any, quantize: str | None = None) -> Any:
