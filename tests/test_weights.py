@@ -1,5 +1,6 @@
 """Loading promises: everything is checked before anything is read, every byte is read once, arrays arrive exact."""
 
+import os
 from dataclasses import dataclass, field
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import save_file
 
-from jaxinfer.errors import CheckpointMismatch
+from jaxinfer.errors import CheckpointMismatch, CorruptFile
 from jaxinfer.events import observe
-from jaxinfer.frontend.weights import aligned, cast_into, load_params
+from jaxinfer.frontend.safetensors import open_safetensors
+from jaxinfer.frontend.weights import READERS, aligned, cast_into, load_params
 from jaxinfer.graph import Graph, Leaf
 
 
@@ -163,3 +166,31 @@ def test_our_rounding_to_bfloat16_is_that_of_ml_dtypes_for_every_bit_pattern(bit
     cast_into(out, array)
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(out.view(np.uint16), array.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_where_put_copies_whole_tensors_are_read_into_memory_that_is_used_again(tmp_path):
+    tensors = {f"{i}.{part}": numbers(rows, 4) + i for i in range(40) for part, rows in (("q", 3), ("k", 2))}
+    tensors |= {"half": numbers(7, 4).astype(ml_dtypes.bfloat16), "turned": numbers(4, 6)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    spec = graph(**{f"w{i}": Leaf((5, 4), ("a", "b"), f"{i}.q + {i}.k") for i in range(40)},
+                 half=Leaf((7, 4), ("a", "b"), "half"), turned=Leaf((6, 4), ("a", "b"), "turned", transpose=True))
+    opened, seen, order = open_safetensors(tmp_path / "model.safetensors"), set(), []
+
+    def put(leaf, array):
+        seen.add(array.ctypes.data)
+        order.append(leaf.names[0])
+        return jnp.array(array)
+
+    for dtype in ("float32", "bfloat16"):
+        expected = load_params(spec, opened, dtype=dtype, source="here")
+        params = load_params(spec, opened, dtype=dtype, source="here", put=put, copies=True)
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert len(order) == 84 and len(seen) <= 4 * READERS, "in each round a thread has one piece, or a larger one after"
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    save_file({"w": numbers(64, 64)}, tmp_path / "model.safetensors")
+    opened = open_safetensors(tmp_path / "model.safetensors")
+    os.truncate(tmp_path / "model.safetensors", 5000)
+    with pytest.raises(CorruptFile, match=r"model\.safetensors: ends at byte 5000"):
+        load_params(graph(w=Leaf((64, 64), ("a", "b"), "w")), opened, dtype="float32", source="here", copies=True)

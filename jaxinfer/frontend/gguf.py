@@ -7,7 +7,6 @@ when it is opened, weights when they are read. What it all means for a model is 
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from jaxinfer.errors import CorruptFile, UnsupportedModel
 from jaxinfer.frontend.dequantize import FORMATS, BlockFormat, dequantize
-from jaxinfer.frontend.files import Mapped, Tensor, map_file, representable
+from jaxinfer.frontend.files import Mapped, MappedFile, Tensor, map_file, representable
 
 MAGIC = b"GGUF"
 TYPES = {  # numbers 4, 5 and the gaps belong to formats that ggml has removed
@@ -40,7 +39,7 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: 
 class Quantised:
     """A tensor in blocks of `format`; `read()` returns a new float32 array."""
 
-    buffer: mmap.mmap
+    buffer: MappedFile
     offset: int
     shape: tuple[int, ...]
     format: BlockFormat
@@ -143,7 +142,7 @@ def _tensor(
 class _Cursor:
     """Reads little-endian values one after another, and never more than the file holds."""
 
-    def __init__(self, buffer: mmap.mmap, path: Path):
+    def __init__(self, buffer: MappedFile, path: Path):
         self.buffer, self.path, self.position = buffer, path, 0
 
     def take(self, count: int, what: str) -> bytes:

@@ -6,7 +6,6 @@ Format: https://github.com/huggingface/safetensors#format. A file that contradic
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxinfer.errors import CorruptFile, ModelNotFound, UnsupportedModel
-from jaxinfer.frontend.files import Mapped, Tensor, map_file, parse_json, read_json, representable
+from jaxinfer.frontend.files import Mapped, MappedFile, Tensor, map_file, parse_json, read_json, representable
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -75,7 +74,7 @@ def open_safetensors_directory(directory: Path) -> Mapping[str, Tensor]:
     return unlisted | {name: shards[file][name] for name, file in weight_map.items()}
 
 
-def _header(buffer: mmap.mmap, path: Path) -> tuple[dict, int]:
+def _header(buffer: MappedFile, path: Path) -> tuple[dict, int]:
     """The parsed header and the offset of the first tensor's bytes."""
     length = int.from_bytes(buffer[:8], "little")
     if len(buffer) < 8 or length > len(buffer) - 8:
@@ -97,7 +96,7 @@ def _unique(pairs: list[tuple[str, object]], path: Path) -> dict:
     return keys
 
 
-def _tensor(buffer: mmap.mmap, start: int, name: str, entry: object, path: Path) -> Mapped:
+def _tensor(buffer: MappedFile, start: int, name: str, entry: object, path: Path) -> Mapped:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptFile(f"{where}: needs exactly dtype, shape and data_offsets, has {entry!r:.200}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
@@ -17,23 +19,29 @@ import numpy as np
 
 from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import Progress, emit
-from jaxinfer.frontend.files import Tensor
+from jaxinfer.frontend.files import Mapped, Tensor
 from jaxinfer.graph import Encoder, Graph, Leaf, Params
 from jaxinfer.kernels.quantised import Format, Quantised, blank, fill, finite, format_of, rows_at_once
 
+Timed = Callable[[str, float, float, int], None]
+READERS = 16  # threads: the H200's disk gives 2.2 GB/s to 8 or more, its page cache 33 to 39
 CHUNK = 1 << 16  # numbers rounded at a time: their temporaries stay in the cache
 
 
 def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
                 put: Callable[[Leaf, np.ndarray], Any] = lambda _, array: jax.device_put(array),
-                quantize: str | None = None) -> Params:
+                quantize: str | None = None, timed: Timed = lambda *_: None, copies: bool = False) -> Params:
     """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint.
 
     Leaves are cast to `dtype`, exact ones to float32; `put(leaf, array)` brings each to its device, or devices. A
     tensor that needs no change is handed over as it is mapped (on the CPU, where its address is a multiple of 64,
     params alias the file). At most one leaf per reading thread is held besides what `put` keeps. Emits
-    Progress("load", source, bytes, bytes). With `quantize`, leaves for which its scheme names a format become
-    `Quantised`, some rows at a time: such a weight is never held as floats.
+    Progress("load", source, bytes, bytes), and calls `timed` for each leaf, in the thread that read it, with what was
+    done ("weights read", "weights transferred"), from when to when, and for how many bytes. With `quantize`, leaves
+    for which its scheme names a format become `Quantised`, some rows at a time: such a weight is never held as floats.
+
+    With `copies`, `put` is known to copy (to a GPU, say): then sixteen threads read whole tensors, in the order of the
+    file, each into memory of its own that it uses again once its last leaf has arrived.
 
     Raises CheckpointMismatch that lists all missing, surplus and misshapen tensors, before anything is read; and for
     numbers that cannot be quantised, when they are.
@@ -42,21 +50,31 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     parts = _matched(graph, leaves, tensors, source)
     sizes = [sum(tensors[name].nbytes for name in names) for names in parts]
     params: list[Any] = [None] * len(leaves)
-    done, total = 0, sum(sizes)
+    done, total, mine = 0, sum(sizes), threading.local()
 
-    def read(leaf: Leaf, names: tuple[str, ...]) -> Any:
+    def read(leaf: Leaf, names: tuple[str, ...], size: int) -> Any:
+        began = time.perf_counter()
+        weight = assembled(leaf, names)
+        read = time.perf_counter()
+        params = jax.block_until_ready(jax.tree.map(partial(put, leaf), weight))
+        timed("weights read", began, read, size)
+        timed("weights transferred", read, time.perf_counter(), sum(x.nbytes for x in jax.tree.leaves(weight)))
+        return params
+
+    def assembled(leaf: Leaf, names: tuple[str, ...]) -> Any:
         found, number = [tensors[name] for name in names], np.dtype(jnp.float32 if leaf.exact else dtype)
         format = format_of(leaf, quantize)
         if format is None:
-            return jax.block_until_ready(put(leaf, assemble(leaf, found, number)))
+            return assemble(leaf, found, number, partial(_again, mine) if copies else aligned)
         weight = assemble_quantised(leaf, found, number, format)
         if not finite(weight):
             raise CheckpointMismatch(source, [f"not finite: {' + '.join(names)} holds NaN, or numbers too large for "
                                               f"{format.name}; it cannot be quantised"])
-        return jax.block_until_ready(jax.tree.map(partial(put, leaf), weight))
+        return weight
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "load") as pool:
-        futures = {pool.submit(read, leaf, names): i for i, (leaf, names) in enumerate(zip(leaves, parts, strict=True))}
+    order = sorted(range(len(leaves)), key=lambda i: _place(tensors[parts[i][0]]))
+    with ThreadPoolExecutor(READERS if copies else min(8, os.cpu_count() or 1), "load") as pool:
+        futures = {pool.submit(read, leaves[i], parts[i], sizes[i]): i for i in order}
         try:
             for future in as_completed(futures):
                 i = futures[future]
@@ -127,16 +145,37 @@ def _misfit(leaf: Leaf, names: tuple[str, ...], tensors: Mapping[str, Tensor]) -
     return None if fits else f"wrong shape: {_joined(names)} has {_joined(shapes)}, expected {expected}"
 
 
-def assemble(leaf: Leaf, tensors: list[Tensor], dtype: np.dtype) -> np.ndarray:
+def _place(tensor: Tensor) -> tuple[str, int]:
+    """Where a tensor lies: its file, and its first byte."""
+    return str(getattr(getattr(tensor, "buffer", None), "path", "")), getattr(tensor, "offset", 0)
+
+
+def _again(mine: threading.local, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As `aligned`, in memory of this thread's that it has had before, if that is large enough."""
+    size = math.prod(shape) * dtype.itemsize
+    if getattr(mine, "memory", None) is None or mine.memory.nbytes < size:
+        mine.memory = aligned((size,), np.dtype(np.uint8))
+    return mine.memory[:size].view(dtype).reshape(shape)
+
+
+def assemble(leaf: Leaf, tensors: list[Tensor], dtype: np.dtype, new: Callable[..., np.ndarray] | None = None
+             ) -> np.ndarray:
     """A leaf's array from its tensors: read, transposed, concatenated, cast.
 
-    What changes is written once, into memory aligned so that the CPU's `device_put` takes it over without a copy.
+    What changes is written once, into `new` memory: `aligned` so that the CPU's `device_put` takes it over without a
+    copy. What does not change stays mapped, unless the memory is another's.
     """
-    if len(tensors) == 1 and not leaf.transpose and tensors[0].dtype == dtype:
+    new = new or aligned
+    if len(tensors) == 1 and not leaf.transpose and tensors[0].dtype == dtype and new is aligned:
         return tensors[0].read().reshape(leaf.shape)
-    out, row = aligned(leaf.shape, dtype), 0
+    out, row = new(leaf.shape, dtype), 0
     rows = out.reshape(-1, *leaf.shape[2:]) if len(tensors[0].shape) < len(leaf.shape) else out
     for tensor in tensors:
+        if new is not aligned and isinstance(tensor, Mapped) and tensor.dtype == dtype and not leaf.transpose:
+            part = rows[row : row + tensor.shape[0]] if len(tensors) > 1 else out
+            tensor.read_into(part)
+            row += len(part)
+            continue
         array = tensor.read()
         array = array.T if leaf.transpose else array
         cast_into(rows[row : row + len(array)], array)

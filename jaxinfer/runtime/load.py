@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from multiprocessing.connection import Connection
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jaxinfer import compiler, events
 from jaxinfer import kernels as ops
-from jaxinfer.compiler import Executables, Key, default_ladder, invariant_ladder
+from jaxinfer.compiler import Executables, Key
 from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.compiler.placement import Placement, spread
 from jaxinfer.errors import InvalidOption, UnsupportedModel
@@ -37,7 +37,9 @@ from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.followers import PARAMS, Follower, Leader, meet
 from jaxinfer.runtime.language import LanguageModel
 from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
+from jaxinfer.runtime.shapes import shapes_of
 from jaxinfer.runtime.shards import Shard
+from jaxinfer.runtime.startup import Startup
 from jaxinfer.scheduler import Scheduler
 
 DTYPES = ("float32", "bfloat16")
@@ -45,8 +47,6 @@ KV_CACHE_DTYPES = (*DTYPES, *FORMATS)
 MAX_CONTEXT, MAX_ROWS = 4096, 32
 MAX_WAITING, MAX_WAITING_TOKENS = 1024, 2**20
 INVARIANT = {"attend": "by_page"}  # implementations whose arithmetic for a token depends on nothing but the token
-SHARE = 0.5  # of the free memory may go to a model whose user names no budget,
-CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing more would be felt at start-up
 
 
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
@@ -96,7 +96,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     Raises ModelNotFound, DownloadFailed, CorruptFile, UnsupportedModel, CheckpointMismatch (all problems of the
     weights at once), InvalidOption, OutOfMemory.
     """
-    start = time.perf_counter()
+    startup = Startup()
     if type(max_rows) is not int or not 1 <= max_rows <= 4096:
         raise InvalidOption(f"max_rows is {max_rows!r}; it must be an integer from 1 to 4096")
     for name, value in (("max_waiting", max_waiting), ("max_waiting_tokens", max_waiting_tokens)):
@@ -111,7 +111,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         raise InvalidOption(f"quantize is {quantize!r}; it must be one of {', '.join(SCHEMES)}, or None")
     if max_context is not None and (type(max_context) is not int or max_context < 2):
         raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
-    budget = planning.parse_bytes(memory) if memory is not None else None
+    if memory is not None:
+        planning.parse_bytes(memory)  # before anything is downloaded
     compiler.enable()
     meshes, path = find_meshes(mesh, device), resolve(source)
     forced = {**FORCED.get(quantize, {}), **_forced(kernels, batch_invariant, find_device(device).platform)}
@@ -125,50 +126,42 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
                                   device=find_device(device))
     if known is not None:
         raise InvalidOption(f"known is for inputs of an .onnx file; {source} is none")
-    checkpoint = open_checkpoint(path)
-    config, model = _model(checkpoint, graph, max_context)
+    with startup.phase("config"):
+        checkpoint = open_checkpoint(path)
+        config, model = open_model(checkpoint, graph, max_context)
     if isinstance(model, Encoder):
         _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
                            "an encoder")
-        return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
+        return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=choose_dtype(checkpoint, dtype),
                             quantize=quantize, max_waiting=max_waiting, device=find_device(device))
     if max_context is not None and max_context > model.max_context:
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(MAX_CONTEXT, model.max_context)
-    number = _dtype(checkpoint, dtype)
+    number = choose_dtype(checkpoint, dtype)
     places = [spread(model, one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
     for axis, why in places[0].replicated.items():
         events.emit(events.Replicated(axis, why))
-    platform = places[0].device.platform
-    with ops.tracing(platform, forced):
-        chunks = ops.chunks(platform)
-        ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
-        chunk, several = ladder.chunk, not places[0].is_local
-        groups = planning.page_groups(
-            model, dtype=number, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=context,
-            max_rows=max_rows, chunk=chunk, place=places[0],
-            budget=budget if budget is not None else int(SHARE * planning.free(places)),
-            why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
-            most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
-        )
-        state = planning.abstract_state(model, groups, number, kv_cache_dtype)
-    shapes: dict[str, Any] = dict(
-        params=planning.abstract_params(model, number, quantize), state=state, max_rows=max_rows, max_context=context,
-        forced=forced, table_width={group.name: -(-context // group.page_size) for group in groups})
+    ladder, chunks, groups, given = shapes_of(
+        model, places, number, max_context=context, max_rows=max_rows, quantize=quantize, forced=forced,
+        kv_cache_dtype=kv_cache_dtype, batch_invariant=batch_invariant, memory=memory)
     with ExitStack() as undo:
-        others = meet() if several else None
+        others = None if places[0].is_local else meet()
         kind = partial(Leader, others) if isinstance(others, list) else Executables
-        each = [undo.enter_context(closing(kind(model, ladder, device=place, **shapes))) for place in places]
+        each = [undo.enter_context(closing(kind(model, ladder, device=place, **given))) for place in places]
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
         for executables in each:  # while the weights are read
-            executables.prepare(Key("forward", first), Key("greedy", first.rows))
+            executables.prepare(Key("forward", first), Key("greedy", first.rows), Key("zeros"))
         for op, how in (kernels or {}).items():
             _check_taken(op, how, each[0].taken(op, how))
-        tokenizer = _tokenizer(checkpoint)
-        params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
-                             put=places[0].put)
+        with ThreadPoolExecutor(1, "tokenizer") as beside:  # the weights
+            words = beside.submit(_timed_tokenizer, checkpoint, startup)
+            params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
+                                 put=places[0].put, timed=startup.note, copies=places[0].device.platform != "cpu")
+            tokenizer = words.result()
         for executables in each:  # while the first prompt runs
             executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))
+            if places[0].device.platform != "cpu":  # where steps run on the cores that this takes, 0.7 s a program
+                executables.fetch_all()
         if isinstance(others, Connection):
             undo.pop_all()
             return Follower(others, each[0], params)
@@ -177,16 +170,17 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         eos, shards = _eos(checkpoint, tokenizer), []
         for executables, place in zip(each, places, strict=True):
             delivery = undo.enter_context(closing(Delivery(tokenizer)))
-            scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks, budget=ladder.budget,
+            scheduler = Scheduler(groups, max_rows=max_rows, chunk=ladder.chunk, chunks=chunks, budget=ladder.budget,
                                   rungs=ladder.rungs, again=ladder.again)
             if place is not places[0]:
                 params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, executables.params))
-            engine = Engine(executables, scheduler, params, delivery.tell, delivery.failed,
-                            max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
+            with startup.phase("pages"):
+                engine = Engine(executables, scheduler, params, delivery.tell, delivery.failed,
+                                max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
             shards.append(Shard(undo.enter_context(closing(engine)), delivery))
         undo.pop_all()
     return LanguageModel(model, tokenizer, shards, config=config, eos=eos,
-                         max_context=context, load_seconds=time.perf_counter() - start)
+                         max_context=context, startup=startup)
 
 
 def _forced(kernels: Mapping[str, str] | None, batch_invariant: bool, platform: str) -> dict[str, str]:
@@ -219,7 +213,7 @@ def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: 
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
 
 
-def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple[Any, Graph | Encoder]:
+def open_model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple[Any, Graph | Encoder]:
     """The config and the Graph. The architecture's default context is cut to ours before RoPE factors are fixed."""
     known = checkpoint.config.get("model_type") in (*DECODERS, "gpt2")
     if graph is None or known:
@@ -242,7 +236,8 @@ def _model(checkpoint: Checkpoint, graph: Any, max_context: int | None) -> tuple
     return config, model
 
 
-def _dtype(checkpoint: Checkpoint, dtype: str | None) -> Any:
+def choose_dtype(checkpoint: Checkpoint, dtype: str | None) -> Any:
+    """The dtype that was asked for, or float32 if the checkpoint is, else bfloat16."""
     if dtype is not None:
         return jnp.dtype(str(dtype))
     matrices = [t for t in checkpoint.tensors.values() if len(t.shape) > 1]
@@ -258,6 +253,11 @@ def _tokenizer(checkpoint: Checkpoint):
     from jaxinfer.frontend.gguf_tokenizer import from_gguf
 
     return from_gguf(checkpoint.gguf)
+
+
+def _timed_tokenizer(checkpoint: Checkpoint, startup: Startup) -> Any:
+    with startup.phase("tokenizer"):
+        return _tokenizer(checkpoint)
 
 
 def _eos(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
