@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAXINFER_CACHE_GB", "0")  # a test that changes a kernel shall not meet what another one stored
 
 import signal
 from collections.abc import Iterator

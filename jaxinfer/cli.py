@@ -1,17 +1,19 @@
-"""The command line: `jaxinfer run | chat | plan | pull | convert | verify | models`.
+"""The command line: `jaxinfer run | chat | plan | pull | compile | cache | convert | verify | models`.
 
-Only a command that needs a model imports JAX."""
+Only a command that needs a model or its programs imports JAX."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxinfer.errors import JaxinferError
+from jaxinfer.errors import InvalidOption, JaxinferError
 from jaxinfer.progress import amount, shown
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def _option(help: str, *names: str) -> Any:
 Model = Annotated[str, typer.Argument(help="Catalog name, folder, .gguf file or hub id.", show_default=False)]
 Prompt = Annotated[str, typer.Argument(help="The text to continue; - reads stdin.", show_default=False)]
 Chat = Annotated[bool, _option("Ask PROMPT as a user's message, in the chat template.", "--chat")]
-Stats = Annotated[bool, _option("Close with a line of times and memory on stderr.", "--stats")]
+Stats = Annotated[bool, _option("Close with the start's phases, times and memory on stderr.", "--stats")]
 
 MaxTokens = Annotated[int | None, _option("At most this many new tokens.")]
 Temperature = Annotated[float | None, _option("0 takes the likeliest token; higher is more varied.")]
@@ -87,7 +89,7 @@ def run(
             pieces = lm.stream(prompt, **drawing)
         output = _print_as_it_comes(pieces)
         if stats:
-            typer.echo(_closing_line(lm, output), err=True)
+            typer.echo(f"{lm.startup}\n{_closing_line(lm, output)}", err=True)
 
 
 @app.command()
@@ -175,6 +177,76 @@ def pull(model: Model) -> None:
     typer.echo(path)
 
 
+@app.command("compile")
+def compile_ahead(
+    model: Model,
+    topology: Annotated[str | None, _option("For a TPU that is not here, such as v5e:1x1; says --memory.")] = None,
+    dtype: DType = None,
+    quantize: Quantize = None,
+    kv_cache_dtype: KvCacheDtype = None,
+    max_context: MaxContext = None,
+    max_rows: MaxRows = None,
+    memory: Memory = None,
+    device: Device = None,
+) -> None:
+    """Compile all programs of MODEL, and store them: loading it with the same options then compiles nothing.
+
+    For a TPU that is not here its runtime must be the libtpu that is installed here, with the same Python and JAX.
+    """
+    from jaxinfer.runtime.ahead import compile_ahead
+
+    options = _given(dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context,
+                     max_rows=max_rows, memory=memory, device=device)
+    with shown():
+        ledger = compile_ahead(model, topology, **options)
+    typer.echo(ledger)
+
+
+cache = typer.Typer(no_args_is_help=True, help="What is stored of compiled programs. The store is in $JAXINFER_CACHE, "
+                    "and takes $JAXINFER_CACHE_GB gigabytes at most (8; 0 stores nothing).")
+app.add_typer(cache, name="cache")
+Archive = Annotated[Path, typer.Argument(help="A tar file.", show_default=False)]
+
+
+@cache.command("list")
+def cache_list() -> None:
+    """List the programs, the latest used first."""
+    store = _store()
+    rows: list[tuple[str, ...]] = [("used", "size", "model", "program", "device", "compiled in", "key")]
+    for item in store.items():
+        note = item.note
+        used, said = time.strftime("%Y-%m-%d %H:%M", time.localtime(item.used)), ("model", "program", "device")
+        rows.append((used, amount(item.size), *(str(note.get(name, "")) for name in said),
+                     f"{note.get('seconds', 0):.1f} s", item.name[:12]))
+    _echo_table(rows)
+    typer.echo(f"{len(rows) - 1} programs in {store.folder}")
+
+
+@cache.command()
+def prune(
+    gigabytes: Annotated[float, typer.Argument(min=0, help="What may stay.", show_default=False)],
+) -> None:
+    """Remove the programs that were used the longest ago, until so many GIGABYTES are left; 0 removes all."""
+    count, freed = _store().prune(int(gigabytes * 1e9))
+    typer.echo(f"removed {count} programs, {amount(freed)}")
+
+
+@cache.command("export")
+def export_cache(file: Archive) -> None:
+    """Write all programs into FILE, for machines of the same kind."""
+    store = _store()
+    with _opened(file, "wb") as stream:
+        typer.echo(f"wrote {store.export(stream)} programs to {file}")
+
+
+@cache.command("import")
+def import_cache(file: Archive) -> None:
+    """Take in the programs of FILE. They are code that will run: take in what you would run."""
+    store = _store()
+    with _opened(file, "rb") as stream:
+        typer.echo(f"took {store.take(stream, file)} programs from {file}")
+
+
 @app.command()
 def convert(
     model: Model,
@@ -212,9 +284,7 @@ def models() -> None:
         where = str(entry.path) if entry.cached else f"no: jaxinfer pull {entry.name}"
         size = amount(entry.wheel.member_size)
         rows.append((entry.name, f"{entry.parameters / 1e6:.0f} M", size, entry.licence, where))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    _echo_table(rows)
 
 
 def main() -> None:
@@ -224,6 +294,31 @@ def main() -> None:
     except JaxinferError as error:
         _complain(error)
         sys.exit(2)
+
+
+def _store() -> Any:
+    from jaxinfer.compiler.stored import LIMIT, store
+
+    found = store()
+    if found is None:
+        raise InvalidOption(f"${LIMIT} is 0: no programs are stored")
+    return found
+
+
+@contextmanager
+def _opened(file: Path, mode: str) -> Iterator[Any]:
+    try:
+        stream = file.open(mode)
+    except OSError as error:
+        raise InvalidOption(f"file {file} cannot be opened: {error.strerror}") from error
+    with stream:
+        yield stream
+
+
+def _echo_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _complain(error: JaxinferError) -> None:

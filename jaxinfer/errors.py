@@ -47,6 +47,10 @@ class CheckpointMismatch(JaxinferError, ValueError):
         super().__init__(f"{source}: {len(self.problems)} problems, nothing was loaded:\n  {lines}")
 
 
+class UntrustedCache(JaxinferError, PermissionError):
+    """A folder or a file of stored programs that another user owns or may write: whatever is in it is not run."""
+
+
 class OutOfMemory(JaxinferError, MemoryError):
     """A plan that does not fit its memory budget; the message carries the numbers and what would fit."""
 

@@ -29,6 +29,15 @@ class Compiling:
 
 
 @dataclass(frozen=True)
+class NotStored:
+    """A program that is compiled anew in each process, or this time: `why` it was not taken from the disk, or not put
+    there."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Missed:
     """A step found no Executable for its bucket; `why` says which leaf of the input changed, `ran_on` what served."""
 
@@ -63,7 +72,7 @@ class Retried:
     error: Exception
 
 
-Event = Progress | Compiling | Missed | Replicated | RequestEnded | Retried
+Event = Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Retried
 _observers: tuple[Callable[[Event], None], ...] = ()
 _lock = threading.Lock()
 

@@ -10,15 +10,17 @@ import pytest
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxinfer import kernels
-from jaxinfer.compiler import Key
+from jaxinfer.compiler import Executables, Key
 from jaxinfer.compiler.buckets import decode, mixed, prompt
 from jaxinfer.compiler.encoders import Encoders, encoder_ladder
+from jaxinfer.compiler.stored import store
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Run
 from jaxinfer.kernels import OPS
 from jaxinfer.kernels.attention_tpu import Interleaved
 from jaxinfer.kernels.quantised import FP8, INT4, INT8, blank
 from jaxinfer.runtime import memory as planning
+from jaxinfer.runtime.ahead import _for_chip, find_chip
 from tests import tiny
 from tests.elsewhere import aimed, compiled, programs
 
@@ -208,3 +210,20 @@ def test_every_way_of_an_op_compiles_for_every_chip(chip, name):
         memory = program.memory_analysis()
         assert memory.argument_size_in_bytes >= nbytes / 2, how  # what is not read is left out
         assert memory.temp_size_in_bytes < 2**24 and 0 <= seconds(program) < 1e-3, how
+
+
+# --- what is stored ---
+
+
+def test_a_program_is_stored_under_the_name_that_the_chip_will_ask_for(libtpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXINFER_CACHE", str(tmp_path))
+    monkeypatch.setenv("JAXINFER_CACHE_GB", "1")
+    path = str(tiny.write(tmp_path / "tiny", tiny.PLAIN))
+    ahead = _for_chip(path, find_chip("v5e:1x1"), memory="1GiB", max_rows=8, max_context=128)
+    asking = Executables(ahead.graph, ahead.ladder, params=ahead.params, state=ahead.state, max_rows=8,
+                         max_context=128, table_width=ahead.table_width, device=find_chip("v5e:1x1"))
+    asked = [executables._stored_as(Key("copy")) for executables in (ahead, asking)]
+    ahead.compile_all(Key("copy"))
+    ahead.close()
+    asking.close()
+    assert asked[0] == asked[1] and [item.name for item in store().items()] == asked[:1]

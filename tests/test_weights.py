@@ -1,5 +1,6 @@
 """Loading promises: everything is checked before anything is read, every byte is read once, arrays arrive exact."""
 
+import os
 from dataclasses import dataclass, field
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import save_file
 
-from jaxinfer.errors import CheckpointMismatch
+from jaxinfer.errors import CheckpointMismatch, CorruptFile
 from jaxinfer.events import observe
 from jaxinfer.frontend.files import File, Mapped
+from jaxinfer.frontend.safetensors import open_safetensors
 from jaxinfer.frontend.unread import aligned, cast_into
 from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Graph, Leaf
@@ -172,3 +175,35 @@ def test_our_rounding_to_bfloat16_is_that_of_ml_dtypes_for_every_bit_pattern(bit
     cast_into(out, array)
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(out.view(np.uint16), array.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_where_put_copies_nothing_is_mapped_and_reading_is_timed(tmp_path):
+    tensors = {f"{i}.{part}": numbers(rows, 4) + i for i in range(40) for part, rows in (("q", 3), ("k", 2))}
+    tensors |= {"half": numbers(7, 4).astype(ml_dtypes.bfloat16), "turned": numbers(4, 6), "whole": numbers(16, 16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    spec = graph(**{f"w{i}": Leaf((5, 4), ("a", "b"), f"{i}.q + {i}.k") for i in range(40)},
+                 half=Leaf((7, 4), ("a", "b"), "half"), turned=Leaf((6, 4), ("a", "b"), "turned", transpose=True),
+                 whole=Leaf((16, 16), ("a", "b"), "whole"))
+    opened, read = open_safetensors(tmp_path / "model.safetensors"), []
+
+    def put(leaf, x):
+        array = x[...]
+        assert array.flags.writeable, "a mapped file's memory is not ours"
+        return jnp.array(array)
+
+    for dtype in ("float32", "bfloat16"):
+        expected = load_params(spec, opened, dtype=dtype, source="here")
+        params = load_params(spec, opened, dtype=dtype, source="here", put=put, copies=True,
+                             timed=lambda *what: read.append(what))
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert len(read) == 2 * 2 * 43 and all(began <= ended for _, began, ended, _ in read)
+    sizes = [sum(size for what, _, _, size in read if what == name) for name in ("weights read", "weights transferred")]
+    assert sizes == [6 * sum(x.size for x in tensors.values())] * 2, "of float32 and bfloat16"
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    save_file({"w": numbers(64, 64)}, tmp_path / "model.safetensors")
+    opened = open_safetensors(tmp_path / "model.safetensors")
+    os.truncate(tmp_path / "model.safetensors", 5000)
+    with pytest.raises(CorruptFile, match=r"model\.safetensors: .*'w'"):
+        load_params(graph(w=Leaf((64, 64), ("a", "b"), "w")), opened, dtype="float32", source="here", copies=True)

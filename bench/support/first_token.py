@@ -1,4 +1,4 @@
-"""One cold process to its first token: `first_token.py BORN ENGINE MODEL`, in the engine's own Python.
+"""One cold process to its first token: `first_token.py BORN ENGINE MODEL [TOKEN ...]`, in the engine's own Python.
 
 The last line of its output is JSON: seconds since BORN (the parent's `time.time()`) at which each stage had ended.
 """
@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 BORN, PROMPT = float(sys.argv[1]), "The sky is blue because"
+IDS = [int(i) for i in sys.argv[4:]]  # of a prompt for a model whose tokenizer knows no words
 reached: dict[str, float] = {}
 
 
@@ -24,10 +25,14 @@ def reach(stage: str) -> None:
 
 
 def jaxinfer(model: str) -> str:
+    import jax
+
     from jaxinfer import events
     from jaxinfer.runtime.load import load
 
     reach("imported")
+    jax.devices()
+    reach("device")
 
     def watch(event: events.Event) -> None:
         if isinstance(event, events.Compiling):
@@ -38,9 +43,11 @@ def jaxinfer(model: str) -> str:
 
     with events.observe(watch), load(model) as lm:
         reach("loaded")
-        with closing(lm.stream(PROMPT, max_tokens=8)) as pieces:
+        with closing(lm.stream(IDS or PROMPT, max_tokens=8, ignore_eos=True)) as pieces:
             text = next(pieces).text
             reach("first token")
+            text += "".join(piece.text for piece in pieces)  # not every token is a character
+        print(lm.startup, file=sys.stderr)
     return text
 
 
@@ -49,15 +56,18 @@ def transformers(model: str) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     reach("imported")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.zeros(1, device=device)
+    reach("device")
     path = Path(model)
     where, file = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
-    tokenizer = AutoTokenizer.from_pretrained(where, **file)
+    tokenizer = None if IDS else AutoTokenizer.from_pretrained(where, **file)
     reach("opened")
-    lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **file)
+    lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, device_map=device, **file)
     reach("loaded")
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    out = lm.generate(**prompt, do_sample=False, max_new_tokens=1, pad_token_id=0)
-    text = tokenizer.decode(out[0, -1:])
+    ids = torch.tensor([IDS]) if tokenizer is None else tokenizer(PROMPT, return_tensors="pt").input_ids
+    out = lm.generate(ids.to(device), do_sample=False, max_new_tokens=1, pad_token_id=0)
+    text = str(out[0, -1:].tolist()) if tokenizer is None else tokenizer.decode(out[0, -1:])
     reach("first token")
     return text
 

@@ -44,14 +44,15 @@ def table(header: list[str], rows: list[list[Any]], words: int = 1) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def publish(name: str, title: str, body: str, data: dict[str, Any], *, keep: bool, part: str = "") -> None:
+def publish(name: str, title: str, body: str, data: dict[str, Any], *, keep: bool, part: str = "",
+            flags: str = "") -> None:
     """Print a bench's section; if `keep`, write `results/NAME.json` and put the section into RESULTS.md. A bench of
-    several sections says of which platform this `part` is."""
+    several sections says of which platform this `part` is, and by which `flags` it is asked for (`--platform PART`)."""
     data = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions()} | data
     used = ", ".join(f"{package} {number}" for package, number in data["versions"].items())
     box = data["machine"]
     where = f"{box['cpu']}, {box['cores']} cores, {' '.join(box['instructions'])}. {used}."
-    command = f"python bench/{name}.py" + (f" --platform {part}" if part else "")
+    command = f"python bench/{name}.py" + (f" {flags or f'--platform {part}'}" if part else "")
     section = f"## {title}\n\n`{command}`, {data['date']}. {where}\n\n{body}\n"
     print(section)
     if not keep:

@@ -1,4 +1,5 @@
-"""Where XLA keeps compiled programs between processes."""
+"""JAX's own persistent cache, for programs that are not `stored`: they are traced in each process, and found by what
+was traced."""
 
 from __future__ import annotations
 
@@ -6,12 +7,17 @@ import hashlib
 import platform
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import jax
 
 from jaxinfer.home import cache_dir
+
+try:
+    from jax._src.config import persistent_cache_min_compile_time_secs as _least_seconds
+except ImportError:  # then JAX keeps a second copy of what we store
+    _least_seconds = nullcontext
 
 _found = threading.local()
 
@@ -31,6 +37,11 @@ def enable() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla" / cpu_features()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def unwritten(yes: bool) -> AbstractContextManager[object]:
+    """What this thread compiles inside the `with` block is not put into JAX's cache."""
+    return _least_seconds(float("inf")) if yes else nullcontext()
 
 
 @contextmanager

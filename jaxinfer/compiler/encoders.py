@@ -6,6 +6,7 @@ Axes: T tokens, R rows, L tokens of the longest row, D width, C classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,9 +55,12 @@ class Encoders(Programs):
 
     def __init__(self, encoder: Encoder, params: Any, pooling: Sequence[str], unit: bool, device: jax.Device,
                  forced: Mapping[str, str] | None = None):
-        super().__init__(device, forced=forced)
+        super().__init__(device, name=encoder.name, forced=forced)
         self.encoder, self.pooling, self.unit = encoder, tuple(pooling), unit
         self.params = jax.tree.map(self._like, params)
+
+    def traced(self, key: EncoderBucket) -> Any:
+        return replace(self.encoder, spec=None), self.pooling, self.unit, self.params
 
     def lower(self, key: EncoderBucket) -> jax.stages.Lowered:
         T, R = key.tokens, key.rows

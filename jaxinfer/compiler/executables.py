@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxinfer import kernels
 from jaxinfer.compiler.buckets import Bucket, Ladder
-from jaxinfer.compiler.placement import ORDER, Placement
+from jaxinfer.compiler.fingerprint import Unknown, fingerprint
+from jaxinfer.compiler.placement import Placement
 from jaxinfer.compiler.programs import Programs
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.graph import Graph, Run, forward, hidden
@@ -49,13 +50,14 @@ class Executables(Programs):
 
     Kinds: "forward" (params, state, last_S, run) -> state, logits_RV; of several steps, with how each row draws,
     "greedy_steps" and "steps" -> state, last_S, tokens_NR; "score" and "embed" read a prompt for its own sake;
-    "greedy", "sample" and "edited" draw; "logprobs"; "logits" runs a user's function; "copy" and "history" keep house.
+    "greedy", "sample" and "edited" draw; "logprobs"; "logits" runs a user's function; "zeros", "copy" and "history"
+    keep house.
     """
 
     def __init__(self, graph: Graph, ladder: Ladder, *, params: Any, state: Any, max_rows: int, max_context: int,
                  table_width: dict[str, int], device: jax.Device | Placement, platform: str | None = None,
                  forced: Mapping[str, str] | None = None):
-        super().__init__(device, platform=platform, forced=forced)
+        super().__init__(device, name=graph.name, platform=platform, forced=forced)
         self.graph, self.ladder, self.max_rows, self.max_context = graph, ladder, max_rows, max_context
         self.table_width = table_width
         self.params = self.place.abstract(graph.spec, params)
@@ -74,13 +76,21 @@ class Executables(Programs):
         them. It would also compile what makes the others, in the middle of a step perhaps.
         """
         if what == "state":
-            make = lambda x: jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=x.sharding)(x.shape, x.dtype)
-            with ORDER:
-                return jax.tree.map(make, self.state)
+            return Programs.get(self, Key("zeros"))()  # not a leader's `get`: the others have been told
         zeros = np.zeros((self.max_rows,) if what == "last_S" else (self.max_rows, self.max_context), np.int32)
         return jax.make_array_from_callback(zeros.shape, self.place.whole, lambda index: zeros[index])
 
     # What is compiled.
+
+    def traced(self, key: Key) -> Any:
+        """All that `lower(key)` reads."""
+        if key.function is not None:
+            raise Unknown("a user's logits function")
+        return replace(self.graph, spec=None), self._shapes, self.max_rows, self.max_context, self.table_width
+
+    @cached_property
+    def _shapes(self) -> str:
+        return fingerprint(self.params, self.state)
 
     def lower(self, key: Key) -> jax.stages.Lowered:
         """The program of `key` for abstract arguments."""
@@ -100,6 +110,8 @@ class Executables(Programs):
                 return self._lower(partial(_score, self.graph), *first, self._array(shape.tokens), donate=donate,
                                    out=(pages, logits, whole))
             return self._lower(partial(_embed, self.graph), *first, donate=donate, out=(pages, whole, whole))
+        if kind == "zeros":
+            return self._lower(partial(_zeros, self.state), out=pages)
         if kind == "copy":
             pairs = {group.name: self._array(COPIES) for group in self.graph.groups}
             return self._lower(_copy, self.state, pairs, pairs, donate="state", out=pages)
@@ -221,6 +233,10 @@ class Executables(Programs):
         scoring and embedding, are compiled when they are first asked for, before their request is admitted."""
         self.compile_all(*_keys(self.ladder.buckets if buckets is None else tuple(buckets)))
 
+    def fetch_all(self) -> Future:
+        """Start to take in the background what is on the disk of all that `warmup` would compile."""
+        return self.fetch(*_keys(self.ladder.buckets))
+
     def taken(self, op: str, how: str) -> list[str]:
         """The implementations that the programs of steps take of an op, up to the first program that takes `how`. Those
         that are being compiled anyway come first, then those that are traced quickly."""
@@ -243,7 +259,7 @@ def _keys(buckets: Sequence[Bucket]) -> list[Key]:
     rows = sorted({b.rows for b in buckets if b.steps == 1})
     kinds = "greedy", "sample", "edited", "logprobs"
     return [*(key for bucket in buckets for key in _forwards(bucket)),
-            *(Key(kind, r) for r, kind in itertools.product(rows, kinds)), Key("copy"), Key("history")]
+            *(Key(kind, r) for r, kind in itertools.product(rows, kinds)), *map(Key, ("copy", "history", "zeros"))]
 
 
 def _forward(bucket: Bucket) -> Key:
@@ -283,6 +299,10 @@ def _embed(graph: Graph, params, state, last_S, run: Run):
     """The sum of the run's final hidden states, and the last one: `state, sum_D, last_D`."""
     state, x_TD = hidden(graph, params, state, last_S, run)
     return state, jnp.where(run.valid_T[:, None], x_TD, 0).sum(0), x_TD[run.last_R[-1]]
+
+
+def _zeros(like: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
 
 def _copy(state, from_C, to_C):

@@ -57,11 +57,14 @@ class Functions(Programs):
 
     def __init__(self, call: Callable, params: Any, leaves: tuple[LeafLike, ...], structure: Any, out_batch: int,
                  device: jax.Device):
-        super().__init__(device)
+        super().__init__(device, name=getattr(call, "__name__", type(call).__name__))
         self.call, self.leaves, self.structure, self.out_batch = call, leaves, structure, out_batch
         self.params = jax.tree.map(self._like, params)
         self.names: list[str] = []  # the outputs' paths
         self.output_shapes = lru_cache(4096)(lambda key: [leaf.shape for leaf in jax.tree.leaves(self.outputs(key))])
+
+    def traced(self, key: FunctionKey) -> Any:
+        return self.call, self.params, self.leaves, self.structure
 
     def lower(self, key: FunctionKey) -> jax.stages.Lowered:
         args, kwargs = self._arguments(key)

@@ -8,8 +8,9 @@ from html import escape
 
 @dataclass
 class Entry:
-    """One Executable. `origin` is "listed" until it is compiled, then "compiled" or "disk". `bytes` are its
-    temporaries. `tokens` and `padding` count what its hits carried and what they padded."""
+    """One Executable. `origin` is "listed" until it is compiled, then "compiled" or "disk"; it was begun at `began`
+    (`time.perf_counter`), and `read` bytes came from the disk. `bytes` are its temporaries. `tokens` and `padding`
+    count what its hits carried and what they padded."""
 
     name: str
     origin: str = "listed"
@@ -20,6 +21,8 @@ class Entry:
     padding: int = 0
     kernels: dict[str, str] = field(default_factory=dict)
     missed: str = ""
+    began: float = 0.0
+    read: int = 0
 
     @property
     def waste(self) -> float:

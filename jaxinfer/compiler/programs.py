@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import events, kernels
-from jaxinfer.compiler import cache
-from jaxinfer.compiler.ledger import Ledger
+from jaxinfer.compiler import cache, stored
+from jaxinfer.compiler.fingerprint import Unknown
+from jaxinfer.compiler.ledger import Entry, Ledger
 from jaxinfer.compiler.placement import Placement
-from jaxinfer.errors import Closed
+from jaxinfer.errors import Closed, CorruptFile, UntrustedCache
 from jaxinfer.kernels.op import Tracing
 
 
@@ -25,12 +26,16 @@ class Programs:
     """The compiled programs of one model on one device, or as it is placed on several. `lower(key)` says what a key's
     program is; `str(key)` is its name. `forced` names implementations that ops take wherever they can. Compiles run on
     two threads.
+
+    A program that was compiled once, here or in another process, is taken from the disk instead (`stored`): nothing is
+    traced for it.
     """
 
     params: Any  # the weights' shapes and dtypes
 
-    def __init__(self, device: jax.Device | Placement, *, platform: str | None = None,
+    def __init__(self, device: jax.Device | Placement, *, name: str, platform: str | None = None,
                  forced: Mapping[str, str] | None = None):
+        self.name = name
         self.place = device if isinstance(device, Placement) else Placement(device)
         self.platform, self.forced = platform or self.place.device.platform, forced or {}
         self.ledger = Ledger()
@@ -38,10 +43,15 @@ class Programs:
         self._pending: dict[Any, Future] = {}
         self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="jaxinfer-compile")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-store")
 
     @abstractmethod
     def lower(self, key: Any) -> jax.stages.Lowered:
         """The program of `key` for abstract arguments."""
+
+    @abstractmethod
+    def traced(self, key: Any) -> Any:
+        """All that `lower(key)` reads and that another model's would not. Raises Unknown where it cannot be told."""
 
     def _like(self, x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.place.whole)
@@ -63,21 +73,75 @@ class Programs:
             self.lower(key)
         return trace.chosen
 
-    def _compile(self, key: Any) -> Callable:
+    def _make(self, key: Any) -> Callable:
+        """Take the program of `key` from the disk, or compile it and put it there."""
         name = str(key)
         events.emit(events.Compiling(name))
-        start = time.perf_counter()
-        with cache.watch() as hits, self._tracing() as trace:
-            compiled = self.lower(key).compile()
         entry = self.ledger[name]
-        entry.origin, entry.seconds = "disk" if hits else "compiled", time.perf_counter() - start
-        entry.kernels = dict(trace.chosen)
-        entry.bytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+        entry.began = time.perf_counter()
+        stored_as = self._stored_as(key)
+        compiled = self._load(stored_as, entry) or self._compile(key, stored_as, entry)
+        entry.seconds = time.perf_counter() - entry.began
         with self._lock:
             if key in self._pending:  # else it was forgotten meanwhile
                 self._ready[key] = self.place.ordered(compiled)
         events.emit(events.Compiling(name, entry.seconds, entry.origin))
         return compiled
+
+    def _stored_as(self, key: Any) -> str | None:
+        """The name of a program on the disk, None if it is not to be there."""
+        if stored.store() is None or not self.place.is_local:
+            return None
+        try:
+            return stored.key((type(self).traced, key, self.traced(key)), self.platform, self.place, self.forced)
+        except Unknown as why:
+            events.emit(events.NotStored(str(key), f"it is made of {why}"))
+            return None
+
+    def _load(self, stored_as: str | None, entry: Entry) -> jax.stages.Compiled | None:
+        where = stored.store()
+        if stored_as is None or where is None:
+            return None
+        try:
+            found = where.get(stored_as)
+            if found is None:
+                return None
+            note, payload = found
+            chosen, temporaries = note["kernels"], note["bytes"]
+            compiled = stored.unpack(payload, self.place, stored_as)
+        except (CorruptFile, UntrustedCache, OSError, KeyError) as why:
+            events.emit(events.NotStored(entry.name, str(why)))
+            return None
+        entry.origin, entry.kernels, entry.bytes, entry.read = "disk", chosen, temporaries, len(payload)
+        return compiled
+
+    def _compile(self, key: Any, stored_as: str | None, entry: Entry) -> jax.stages.Compiled:
+        start = time.perf_counter()
+        with cache.watch() as hits, self._tracing() as trace:
+            lowered = self.lower(key)
+            if stored_as is not None and (why := stored.obstacle(lowered)):
+                events.emit(events.NotStored(entry.name, why))
+                stored_as = None
+            with cache.unwritten(stored_as is not None):
+                compiled = lowered.compile()
+        entry.origin = "disk" if hits else "compiled"
+        entry.kernels = dict(trace.chosen)
+        entry.bytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+        if stored_as is not None and hits:  # XLA does not write again what it has read: functions would be missing
+            events.emit(events.NotStored(entry.name, "JAX's own cache has it"))
+        elif stored_as is not None:
+            note = {"model": self.name, "program": entry.name, "device": self.place.device.device_kind,
+                    "kernels": entry.kernels, "bytes": entry.bytes, "seconds": time.perf_counter() - start}
+            self._writer.submit(self._store, stored_as, note, compiled)
+        return compiled
+
+    def _store(self, stored_as: str, note: dict[str, Any], compiled: jax.stages.Compiled) -> None:
+        where = stored.store()
+        try:
+            if where is not None:
+                where.put(stored_as, note, stored.pack(compiled))
+        except Exception as why:  # a full disk, another user's folder, a program that JAX cannot write
+            events.emit(events.NotStored(note["program"], str(why)))
 
     def prepare(self, *keys: Any) -> list[Future]:
         """Start compiling what has not been started, or has failed."""
@@ -85,10 +149,20 @@ class Programs:
             for key in keys:
                 if key not in self._pending or _failed(self._pending[key]):
                     try:
-                        self._pending[key] = self._pool.submit(self._compile, key)
+                        self._pending[key] = self._pool.submit(self._make, key)
                     except RuntimeError as error:
                         raise Closed() from error
             return [self._pending[key] for key in keys]
+
+    def fetch(self, *keys: Any) -> Future:
+        """Start to take in the background what is on the disk; what is not waits until it is needed."""
+        def one_by_one() -> None:
+            for key in keys:
+                stored_as, where = self._stored_as(key), stored.store()
+                if stored_as and where and where.has(stored_as):
+                    self.prepare(key)
+
+        return self._pool.submit(one_by_one)
 
     def compile_all(self, *keys: Any) -> None:
         """Compile these now. Raises what the first that fails raises."""
@@ -131,6 +205,7 @@ class Programs:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(wait=True)
         self._ready.clear()
         self._pending.clear()
 

@@ -24,13 +24,14 @@ class Unread:
 
     Its `tensors` are transposed, concatenated along the first axis and cast. As `x[...]` a tensor that needs no change,
     and that lies at a multiple of 64 in a file so that the CPU's `device_put` takes it over, is handed out as it is
-    mapped; all else is written once, into memory that is aligned alike.
+    mapped, unless it is to be `copied`; all else is written once, into memory that is aligned alike.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     tensors: tuple[Tensor, ...]
     transpose: bool = False
+    copied: bool = False
 
     def __getitem__(self, index: Any) -> np.ndarray:
         if index is ... and (mapped := self._mapped()) is not None:
@@ -57,7 +58,7 @@ class Unread:
     def _mapped(self) -> np.ndarray | None:
         """The array where the file has it, if it can be taken over there."""
         tensor = self.tensors[0]
-        if len(self.tensors) > 1 or self.transpose or not isinstance(tensor, Mapped):
+        if self.copied or len(self.tensors) > 1 or self.transpose or not isinstance(tensor, Mapped):
             return None
         return None if tensor.dtype != self.dtype or tensor.offset % 64 else tensor.read().reshape(self.shape)
 

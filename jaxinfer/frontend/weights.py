@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from jaxinfer.frontend.saved import Saved, path_name
 from jaxinfer.frontend.unread import Rounded, Unread
 from jaxinfer.graph import Encoder, Graph, Leaf, Params
 from jaxinfer.kernels.quantised import blank, format_of
+
+Timed = Callable[[str, float, float, int], None]
+READERS = 16  # threads: the H200's disk gives 2.2 GB/s to 8 or more, its page cache 33 to 39
 
 
 @dataclass(frozen=True)
@@ -42,22 +46,40 @@ class Weight:
     names: tuple[str, ...]
 
 
+class Looked:
+    """An unread array that tells when it was read."""
+
+    def __init__(self, unread: Any, timed: Timed):
+        self.unread, self.shape, self.dtype, self.timed = unread, unread.shape, unread.dtype, timed
+        self.read_at = time.perf_counter()
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        began = time.perf_counter()
+        array, self.read_at = self.unread[index], time.perf_counter()
+        self.timed("weights read", began, self.read_at, array.nbytes)
+        return array
+
+
 def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
                 put: Callable[[Leaf, Any], Any] = lambda _, x: jax.device_put(x[...]),
-                quantize: str | None = None, saved: Saved | None = None) -> Params:
+                quantize: str | None = None, saved: Saved | None = None, timed: Timed = lambda *_: None,
+                copies: bool = False) -> Params:
     """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint, or by what we
     `saved` them under.
 
     Leaves are cast to `dtype`, exact ones to float32; `put(leaf, x)` brings each to its device, or devices, where `x`
     is read as it is cut (`Unread`): every byte once, and for a mesh only what this process's devices hold. At most one
-    leaf per reading thread is held besides what `put` keeps. Emits Progress("load", source, bytes, bytes). With
-    `quantize`, leaves for which its scheme names a format become `Quantised`, some rows at a time: such a weight is
-    never held as floats.
+    leaf per reading thread is held besides what `put` keeps. Emits Progress("load", source, bytes, bytes), and calls
+    `timed` in the thread that read a leaf with what was done ("weights read", "weights transferred"), from when to
+    when, and for how many bytes. With `quantize`, leaves for which its scheme names a format become `Quantised`, some
+    rows at a time: such a weight is never held as floats.
+
+    With `copies`, `put` is known to copy (to a GPU, say): then sixteen threads read, and nothing of a file is mapped.
 
     Raises CheckpointMismatch that lists all missing, surplus and misshapen tensors, before anything is read; and for
     numbers that cannot be quantised, when they are. CorruptFile if a file changes or ends while it is read.
     """
-    weights, tree = _open(graph, tensors, dtype, source, quantize, saved)
+    weights, tree = _open(graph, tensors, dtype, source, quantize, saved, copies)
     params: list[Any] = [None] * len(weights)
     sizes = [sum(tensors[name].nbytes for name in weight.names) for weight in weights]
     place = {name: i for i, name in enumerate(tensors)}  # a file's tensors come in its order
@@ -65,9 +87,13 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     done, total = 0, sum(sizes)
 
     def read(weight: Weight) -> Any:
-        return jax.block_until_ready(jax.tree.map(partial(put, weight.leaf), weight.unread))
+        parts = jax.tree.map(lambda x: Looked(x, timed), weight.unread)
+        placed = jax.block_until_ready(jax.tree.map(partial(put, weight.leaf), parts))
+        since = max(part.read_at for part in jax.tree.leaves(parts))
+        timed("weights transferred", since, time.perf_counter(), sum(x.nbytes for x in jax.tree.leaves(placed)))
+        return placed
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "load") as pool:
+    with ThreadPoolExecutor(READERS if copies else min(8, os.cpu_count() or 1), "load") as pool:
         futures = {pool.submit(read, weights[i]): i for i in in_order}
         try:
             for future in as_completed(futures):
@@ -90,7 +116,7 @@ def open_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
 
 
 def _open(graph: Graph | Encoder, tensors: Mapping[str, Tensor], dtype: Any, source: str, quantize: str | None,
-          saved: Saved | None) -> tuple[list[Weight], Any]:
+          saved: Saved | None, copies: bool = False) -> tuple[list[Weight], Any]:
     leaves, tree = jax.tree.flatten(graph.spec)
     number = lambda leaf: np.dtype(jnp.float32 if leaf.exact else dtype)
     if saved is None:
@@ -103,7 +129,7 @@ def _open(graph: Graph | Encoder, tensors: Mapping[str, Tensor], dtype: Any, sou
     for leaf, array in zip(leaves, wanted, strict=True):
         arrays, shape = jax.tree.flatten(array)
         mine = [next(names) for _ in arrays]
-        unread = [Unread(one.leaf.shape, one.dtype, tuple(tensors[name] for name in each), one.leaf.transpose)
+        unread = [Unread(one.leaf.shape, one.dtype, tuple(tensors[name] for name in each), one.leaf.transpose, copies)
                   for one, each in zip(arrays, mine, strict=True)]
         format = format_of(leaf, quantize)
         if format is None or len(arrays) > 1:

@@ -92,6 +92,7 @@ class Delivery:
         self._deadlines: list[tuple[float, int, weakref.ref[Ticket], str]] = []
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closing, self._closed = threading.RLock(), False
+        self.first: tuple[float, float] | None = None  # when the first request came, and its first token
         self._thread = threading.Thread(target=self._loop, name="jaxinfer-delivery", daemon=True)
         self._thread.start()
 
@@ -251,6 +252,7 @@ class Delivery:
         text = ""
         if token is not None:
             sample.first_at = sample.first_at or at
+            self.first = self.first or (ticket.submitted, at)
             sample.tokens.append(token)
             sample.fresh += 1
             most = sample.sequence.sampling.logprobs

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.memory import held
 from jaxinfer.runtime.pack import check
 from jaxinfer.runtime.shards import Front, Shard
+from jaxinfer.runtime.startup import Startup
 from jaxinfer.runtime.versions import copied, fit
 from jaxinfer.scheduler import AGEING
 
@@ -73,13 +74,13 @@ class LanguageModel(Living):
     """
 
     def __init__(self, graph: Graph, tokenizer: Tokenizer, shards: SequenceOf[Shard], *, config: Any,
-                 eos: frozenset[int], max_context: int, load_seconds: float, save: Callable[..., Path]):
+                 eos: frozenset[int], max_context: int, startup: Startup, save: Callable[..., Path]):
         self.graph, self.tokenizer, self.config = graph, tokenizer, config
         self.max_context = max_context
         self._front, self._eos = Front(shards), eos
         self._engine, self._delivery = shards[0]  # what is true of all shards is asked of the first
         self._ids, self._numbers, self._swapping = itertools.count(1), itertools.count(2), threading.Lock()
-        self._load_seconds, self._save = load_seconds, save
+        self._startup, self._load_seconds, self._save = startup, time.perf_counter() - startup.began, save
         for engine, delivery in shards:
             delivery.end = engine.end
         self._shut = weakref.finalize(self, self._front.close)  # also when it is dropped, and at exit
@@ -195,6 +196,18 @@ class LanguageModel(Living):
         """Seconds spent: `load_seconds` on weights, `compile_seconds` on Executables so far."""
         return {"load_seconds": self._load_seconds, "compile_seconds": sum(e.seconds for e in self.ledger)}
 
+    @property
+    def startup(self) -> Startup:
+        """What the start was made of: config, tokenizer, weights, each program (from the disk, or compiled), warm-up,
+        the first token; when each ran, and the bytes it moved."""
+        found = replace(self._startup, phases={phase.name: replace(phase) for phase in self._startup})
+        for entry in self.ledger:
+            if entry.seconds:
+                found.note(entry.name, entry.began, entry.began + entry.seconds, entry.read, entry.origin)
+        if first := min((s.delivery.first for s in self._front.shards if s.delivery.first), default=None):
+            found.note("first token", *first)
+        return found
+
     # Weights.
 
     @property
@@ -262,7 +275,7 @@ class LanguageModel(Living):
         """Compile every bucket now, so that no request waits for a compile afterwards."""
         self._check_open()
         try:
-            with ThreadPoolExecutor(len(self._front.shards)) as pool:
+            with self._startup.phase("warm-up"), ThreadPoolExecutor(len(self._front.shards)) as pool:
                 list(pool.map(lambda shard: shard.engine.executables.warmup(), self._front.shards))
         except (CancelledError, RuntimeError):
             self._check_open()

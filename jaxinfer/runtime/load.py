@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from multiprocessing.connection import Connection
@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 
 from jaxinfer import compiler, events
 from jaxinfer import kernels as ops
-from jaxinfer.compiler import Executables, Key, default_ladder, invariant_ladder
+from jaxinfer.compiler import Executables, Key
 from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.compiler.placement import Placement, spread
 from jaxinfer.errors import InvalidOption
 from jaxinfer.frontend.catalog import resolve
-from jaxinfer.frontend.checkpoint import open_checkpoint
+from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
 from jaxinfer.frontend.folder import save_folder
 from jaxinfer.frontend.saved import Saved
 from jaxinfer.frontend.weights import load_params
@@ -36,15 +36,15 @@ from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.followers import PARAMS, Follower, Leader, meet
 from jaxinfer.runtime.language import LanguageModel
 from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
+from jaxinfer.runtime.shapes import shapes_of
 from jaxinfer.runtime.shards import Shard
+from jaxinfer.runtime.startup import Startup
 from jaxinfer.scheduler import Scheduler
 
 KV_CACHE_DTYPES = (*origin.DTYPES, *FORMATS)
 MAX_ROWS = 32
 MAX_WAITING, MAX_WAITING_TOKENS = 1024, 2**20
 INVARIANT = {"attend": "by_page"}  # implementations whose arithmetic for a token depends on nothing but the token
-SHARE = 0.5  # of the free memory may go to a model whose user names no budget,
-CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing more would be felt at start-up
 
 
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
@@ -95,12 +95,13 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     Raises ModelNotFound, DownloadFailed, CorruptFile, UnsupportedModel, CheckpointMismatch (all problems of the
     weights at once), InvalidOption, OutOfMemory.
     """
-    start = time.perf_counter()
+    startup = Startup()
     check_sizes(dtype, kv_cache_dtype, quantize, max_context, max_rows)
     for name, value in (("max_waiting", max_waiting), ("max_waiting_tokens", max_waiting_tokens)):
         if type(value) is not int or value < 1:
             raise InvalidOption(f"{name} is {value!r}; it must be an integer >= 1")
-    budget = planning.parse_bytes(memory) if memory is not None else None
+    if memory is not None:
+        planning.parse_bytes(memory)  # before anything is downloaded
     compiler.enable()
     meshes, path = find_meshes(mesh, device), resolve(source)
     forced = _forced(kernels, batch_invariant, find_device(device).platform)
@@ -114,10 +115,11 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
                                   device=find_device(device))
     if known is not None:
         raise InvalidOption(f"known is for inputs of an .onnx file; {source} is none")
-    checkpoint = open_checkpoint(path)
-    quantize = origin.scheme_of(checkpoint, quantize)
+    with startup.phase("config"):
+        checkpoint = open_checkpoint(path)
+        quantize = origin.scheme_of(checkpoint, quantize)
+        config, model = origin.model_of(checkpoint, graph, max_context)
     forced = {**FORCED.get(quantize, {}), **forced}
-    config, model = origin.model_of(checkpoint, graph, max_context)
     if isinstance(model, Encoder):
         _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
                            "an encoder")
@@ -131,36 +133,28 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     places = [spread(model, one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
     for axis, why in places[0].replicated.items():
         events.emit(events.Replicated(axis, why))
-    platform = places[0].device.platform
-    with ops.tracing(platform, forced):
-        chunks = ops.chunks(platform)
-        ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
-        chunk, several = ladder.chunk, not places[0].is_local
-        groups = planning.page_groups(
-            model, dtype=number, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=context,
-            max_rows=max_rows, chunk=chunk, place=places[0],
-            budget=budget if budget is not None else int(SHARE * planning.free(places)),
-            why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
-            most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
-        )
-        state = planning.abstract_state(model, groups, number, kv_cache_dtype)
-    shapes: dict[str, Any] = dict(
-        params=planning.abstract_params(model, number, quantize), state=state, max_rows=max_rows, max_context=context,
-        forced=forced, table_width={group.name: -(-context // group.page_size) for group in groups})
+    ladder, chunks, groups, given = shapes_of(
+        model, places, number, max_context=context, max_rows=max_rows, quantize=quantize, forced=forced,
+        kv_cache_dtype=kv_cache_dtype, batch_invariant=batch_invariant, memory=memory)
     with ExitStack() as undo:
-        others = meet() if several else None
+        others = None if places[0].is_local else meet()
         kind = partial(Leader, others) if isinstance(others, list) else Executables
-        each = [undo.enter_context(closing(kind(model, ladder, device=place, **shapes))) for place in places]
+        each = [undo.enter_context(closing(kind(model, ladder, device=place, **given))) for place in places]
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
         for executables in each:  # while the weights are read
-            executables.prepare(Key("forward", first), Key("greedy", first.rows))
+            executables.prepare(Key("forward", first), Key("greedy", first.rows), Key("zeros"))
         for op, how in (kernels or {}).items():
             _check_taken(op, how, each[0].taken(op, how))
-        tokenizer = origin.tokenizer_of(checkpoint)
-        params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
-                             put=places[0].put, saved=checkpoint.saved)
+        with ThreadPoolExecutor(1, "tokenizer") as beside:  # the weights
+            words = beside.submit(_timed_tokenizer, checkpoint, startup)
+            params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
+                                 put=places[0].put, saved=checkpoint.saved, timed=startup.note,
+                                 copies=places[0].device.platform != "cpu")
+            tokenizer = words.result()
         for executables in each:  # while the first prompt runs
             executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))
+            if places[0].device.platform != "cpu":  # where steps run on the cores that this takes, 0.7 s a program
+                executables.fetch_all()
         if isinstance(others, Connection):
             undo.pop_all()
             return Follower(others, each[0], params)
@@ -169,17 +163,18 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         eos, shards = origin.eos_of(checkpoint, tokenizer), []
         for executables, place in zip(each, places, strict=True):
             delivery = undo.enter_context(closing(Delivery(tokenizer)))
-            scheduler = Scheduler(groups, max_rows=max_rows, chunk=chunk, chunks=chunks, budget=ladder.budget,
+            scheduler = Scheduler(groups, max_rows=max_rows, chunk=ladder.chunk, chunks=chunks, budget=ladder.budget,
                                   rungs=ladder.rungs, again=ladder.again)
             if place is not places[0]:
                 params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, executables.params))
-            engine = Engine(executables, scheduler, params, delivery.tell, delivery.failed,
-                            max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
+            with startup.phase("pages"):
+                engine = Engine(executables, scheduler, params, delivery.tell, delivery.failed,
+                                max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
             shards.append(Shard(undo.enter_context(closing(engine)), delivery))
         undo.pop_all()
     save = partial(save_folder, checkpoint=checkpoint, tokenizer=tokenizer, saved=Saved(str(number), quantize))
-    return LanguageModel(model, tokenizer, shards, config=config, eos=eos, save=save,
-                         max_context=context, load_seconds=time.perf_counter() - start)
+    return LanguageModel(model, tokenizer, shards, config=config, eos=eos, save=save, max_context=context,
+                         startup=startup)
 
 
 def check_sizes(dtype: Any, kv_cache_dtype: Any, quantize: Any, max_context: Any, max_rows: Any) -> None:
@@ -222,3 +217,8 @@ def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: 
         ("kernels", kernels), ("kv_cache_dtype", kv_cache_dtype is not None)) if given]
     if wrong:
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
+
+
+def _timed_tokenizer(checkpoint: Checkpoint, startup: Startup) -> Any:
+    with startup.phase("tokenizer"):
+        return origin.tokenizer_of(checkpoint)

@@ -37,9 +37,10 @@ from jaxinfer.graphs import decoder, gpt2
 from jaxinfer.kernels.quantised import FORCED
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.devices import AXES, find_device, find_meshes, mesh_sizes
-from jaxinfer.runtime.load import CPU_PAGES, MAX_ROWS, SHARE, check_sizes
+from jaxinfer.runtime.load import MAX_ROWS, check_sizes
 from jaxinfer.runtime.origin import MAX_CONTEXT, dtype_of, model_of
 from jaxinfer.runtime.planner import Planner, Step, largest
+from jaxinfer.runtime.shapes import CPU_PAGES, SHARE, steady
 
 OF_ABSENT = 0.9  # of the memory of a device that is not here is for the model; the rest is the runtime's own
 BUILDERS = {decoder.Config: decoder.build, gpt2.Config: gpt2.build}
@@ -370,8 +371,8 @@ def _on_present(device: Any, mesh: Any, graph: Graph, forced: Mapping[str, str],
     hardware = described(first.device_kind) or probed(first, free, forced)
     most = CPU_PAGES // planning.sharing(places) if first.platform == "cpu" else None
     count = sum(len(place.devices) for place in places)
-    return Target(hardware, places[0], len(places), count, int(SHARE * free), most, nullcontext if compile else None,
-                  nullcontext, "its compiler (XLA)")
+    return Target(hardware, places[0], len(places), count, steady(int(SHARE * free)), most,
+                  nullcontext if compile else None, nullcontext, "its compiler (XLA)")
 
 
 def _place(graph: Graph, devices: list[jax.Device], model: int) -> Placement:

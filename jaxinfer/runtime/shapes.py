@@ -1,0 +1,59 @@
+"""What a language model's programs are compiled for, known before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxinfer import kernels as ops
+from jaxinfer.compiler import Ladder, default_ladder, invariant_ladder
+from jaxinfer.compiler.placement import Placement
+from jaxinfer.graph import Graph
+from jaxinfer.runtime import memory as planning
+from jaxinfer.scheduler import PageGroup
+
+SHARE = 0.5  # of the free memory may go to a model whose user names no budget,
+CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing more would be felt at start-up
+
+
+class Shapes(NamedTuple):
+    """`chunks` is what attention says of prompt chunks (`kernels.chunks`); `given` is what `Executables` is given."""
+
+    ladder: Ladder
+    chunks: int | None
+    groups: tuple[PageGroup, ...]
+    given: dict[str, Any]
+
+
+def shapes_of(model: Graph, places: Sequence[Placement], dtype: Any, *, max_context: int, max_rows: int,
+              quantize: str | None, kv_cache_dtype: str | None, batch_invariant: bool, memory: int | str | None,
+              forced: Mapping[str, str]) -> Shapes:
+    """The ladder, and as many pages as there is memory for. Raises InvalidOption, OutOfMemory."""
+    budget, platform = None if memory is None else planning.parse_bytes(memory), places[0].device.platform
+    with ops.tracing(platform, forced):
+        chunks = ops.chunks(platform)
+        ladder = (invariant_ladder(max_rows, max_context) if batch_invariant
+                  else default_ladder(max_rows, max_context, chunks))
+        groups = planning.page_groups(
+            model, dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context,
+            max_rows=max_rows, chunk=ladder.chunk, place=places[0],
+            budget=steady(int(SHARE * planning.free(places))) if budget is None else budget,
+            why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
+            most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
+        )
+        state = planning.abstract_state(model, groups, dtype, kv_cache_dtype)
+    given = dict(params=planning.abstract_params(model, dtype, quantize), state=state, max_rows=max_rows,
+                 max_context=max_context, forced=forced,
+                 table_width={group.name: -(-max_context // group.page_size) for group in groups})
+    return Shapes(ladder, chunks, groups, given)
+
+
+def steady(count: int) -> int:
+    """At most an eighth less than `count`, and the same for counts that differ little, such as what is free now and
+    then: with another number of pages, no stored program would fit.
+
+    >>> steady(1_000_000), steady(1_040_000)
+    (983040, 983040)
+    """
+    step = 1 << max(0, count.bit_length() - 4)
+    return count // step * step
