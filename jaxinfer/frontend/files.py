@@ -52,6 +52,15 @@ class Mapped:
         return self.read()[start:stop]
 
 
+def forget(tensor: Tensor) -> None:
+    """Give back the pages of a mapped file that reading this tensor has brought into the process. They come again when
+    somebody looks at them."""
+    stored: Any = getattr(tensor, "stored", tensor)
+    if isinstance(getattr(stored, "buffer", None), mmap.mmap):
+        start = stored.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        stored.buffer.madvise(mmap.MADV_DONTNEED, start, stored.offset + stored.nbytes - start)
+
+
 def map_file(path: Path) -> mmap.mmap:
     """Map `path` read-only; no byte is read. Raises CorruptFile if the file is empty."""
     with path.open("rb") as file:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import Progress, emit
-from jaxinfer.frontend.files import Tensor
+from jaxinfer.frontend.files import Tensor, forget
 from jaxinfer.graph import Encoder, Graph, Leaf, Params
 from jaxinfer.kernels.quantised import Format, Quantised, blank, fill, finite, format_of, rows_at_once
 
@@ -26,14 +26,15 @@ CHUNK = 1 << 16  # numbers rounded at a time: their temporaries stay in the cach
 
 def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
                 put: Callable[[Leaf, np.ndarray], Any] = lambda _, array: jax.device_put(array),
-                quantize: str | None = None) -> Params:
+                quantize: str | None = None, keep: bool = True) -> Params:
     """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint.
 
     Leaves are cast to `dtype`, exact ones to float32; `put(leaf, array)` brings each to its device, or devices. A
     tensor that needs no change is handed over as it is mapped (on the CPU, where its address is a multiple of 64,
     params alias the file). At most one leaf per reading thread is held besides what `put` keeps. Emits
     Progress("load", source, bytes, bytes). With `quantize`, leaves for which its scheme names a format become
-    `Quantised`, some rows at a time: such a weight is never held as floats.
+    `Quantised`, some rows at a time: such a weight is never held as floats. Unless `keep`, what has been read leaves
+    the process's memory: its pages of a mapped file are given back.
 
     Raises CheckpointMismatch that lists all missing, surplus and misshapen tensors, before anything is read; and for
     numbers that cannot be quantised, when they are.
@@ -47,13 +48,14 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     def read(leaf: Leaf, names: tuple[str, ...]) -> Any:
         found, number = [tensors[name] for name in names], np.dtype(jnp.float32 if leaf.exact else dtype)
         format = format_of(leaf, quantize)
-        if format is None:
-            return jax.block_until_ready(put(leaf, assemble(leaf, found, number)))
-        weight = assemble_quantised(leaf, found, number, format)
-        if not finite(weight):
+        weight = assemble(leaf, found, number) if format is None else assemble_quantised(leaf, found, number, format)
+        if isinstance(weight, Quantised) and not finite(weight):
             raise CheckpointMismatch(source, [f"not finite: {' + '.join(names)} holds NaN, or numbers too large for "
-                                              f"{format.name}; it cannot be quantised"])
-        return jax.block_until_ready(jax.tree.map(partial(put, leaf), weight))
+                                              f"{weight.format}; it cannot be quantised"])
+        placed = jax.block_until_ready(jax.tree.map(partial(put, leaf), weight))
+        for tensor in () if keep else found:
+            forget(tensor)
+        return placed
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "load") as pool:
         futures = {pool.submit(read, leaf, names): i for i, (leaf, names) in enumerate(zip(leaves, parts, strict=True))}

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from multiprocessing.connection import Connection
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxinfer import kernels as ops
 from jaxinfer.compiler import Executables, Key, default_ladder, invariant_ladder
 from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.compiler.placement import Placement, spread
+from jaxinfer.compiler.streamed import Streamed
 from jaxinfer.errors import InvalidOption, UnsupportedModel
 from jaxinfer.frontend.architectures import DECODERS, architecture
 from jaxinfer.frontend.catalog import resolve
@@ -37,7 +38,9 @@ from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.followers import PARAMS, Follower, Leader, meet
 from jaxinfer.runtime.language import LanguageModel
 from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
+from jaxinfer.runtime.ring import Ring
 from jaxinfer.runtime.shards import Shard
+from jaxinfer.runtime.tiers import plan_tiers
 from jaxinfer.scheduler import Scheduler
 
 DTYPES = ("float32", "bfloat16")
@@ -52,9 +55,10 @@ CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
-         memory: int | str | None = None, device: str | jax.Device | None = None, quantize: str | None = None,
-         kv_cache_dtype: str | None = None, known: Mapping[str, Any] | None = None,
-         mesh: Mapping[str, int] | None = None, kernels: Mapping[str, str] | None = None) -> Any:
+         memory: int | str | None = None, device_memory: int | str | None = None, host_memory: int | str | None = None,
+         device: str | jax.Device | None = None, quantize: str | None = None, kv_cache_dtype: str | None = None,
+         known: Mapping[str, Any] | None = None, mesh: Mapping[str, int] | None = None,
+         kernels: Mapping[str, str] | None = None) -> Any:
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
     embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
 
@@ -73,6 +77,12 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     `memory`: bytes for weights, pages and temporaries, as a number or a text such as "8GiB"; by default at most half
     of what is free, and at most 512 MiB of KV pages on the CPU. Pages are made for `max_rows` full contexts if they
     fit, and fewer otherwise: then a request may have to wait for pages.
+    `device_memory`: the same budget for a model that may be larger: then as many layers as fit stay on the device, and
+    the others stream through a ring of two or three in every step, from the host's memory or, where `host_memory` is
+    too small for them, from a file that is written while the model is loaded. `host_memory` is by default half of what
+    is free; on a CPU, whose memory is the device's, nothing. KV pages take up to a quarter of `device_memory`. Such a
+    model can do all that others can but have its weights swapped, or run on a mesh; `lm.tiers` and `lm.timeline` tell
+    what lies where, and what happened when.
     `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a `jax.Device`; by default JAX's
     first.
     `quantize`: matrices are held in fewer bits, rounded while they are read; position tables, classifiers, norms and
@@ -112,12 +122,13 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     if max_context is not None and (type(max_context) is not int or max_context < 2):
         raise InvalidOption(f"max_context is {max_context!r}; it must be an integer >= 2, or None for the default")
     budget = planning.parse_bytes(memory) if memory is not None else None
+    stream = _streaming(memory, device_memory, host_memory, mesh)
     compiler.enable()
     meshes, path = find_meshes(mesh, device), resolve(source)
     forced = {**FORCED.get(quantize, {}), **_forced(kernels, batch_invariant, find_device(device).platform)}
     if path.suffix == ".onnx":
-        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
-                           "an ONNX file")
+        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, stream, mesh, kernels,
+                           kv_cache_dtype, "an ONNX file")
         if any(given is not None for given in (graph, dtype, max_context, quantize)):
             raise InvalidOption("graph, dtype, max_context and quantize are not for an ONNX file, which says these "
                                 "itself")
@@ -128,8 +139,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     checkpoint = open_checkpoint(path)
     config, model = _model(checkpoint, graph, max_context)
     if isinstance(model, Encoder):
-        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
-                           "an encoder")
+        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, stream, mesh, kernels,
+                           kv_cache_dtype, "an encoder")
         return load_encoder(checkpoint, config, model, _tokenizer(checkpoint), dtype=_dtype(checkpoint, dtype),
                             quantize=quantize, max_waiting=max_waiting, device=find_device(device))
     if max_context is not None and max_context > model.max_context:
@@ -144,20 +155,31 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         chunks = ops.chunks(platform)
         ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
         chunk, several = ladder.chunk, not places[0].is_local
-        groups = planning.page_groups(
-            model, dtype=number, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=context,
-            max_rows=max_rows, chunk=chunk, place=places[0],
-            budget=budget if budget is not None else int(SHARE * planning.free(places)),
-            why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
-            most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
-        )
+        sizes: dict[str, Any] = dict(dtype=number, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_rows=max_rows,
+                                     max_context=context, chunk=chunk, place=places[0])
+        need, aliased, tiers = planning.needs(model, **sizes), platform == "cpu", None
+        weights = planning.abstract_params(model, number, quantize)
+        if stream and need.least > stream.device:
+            host = stream.host or (0 if aliased else int(SHARE * planning.host_memory()))
+            tiers, groups = plan_tiers(model, weights, need, max_rows=max_rows, tokens=ladder.budget,
+                                       device_memory=stream.device, host_memory=host, aliased=aliased)
+        else:
+            budget, why = (stream.device, f"device_memory={device_memory!r}") if stream else (budget, f"{memory=}")
+            groups = planning.page_groups(
+                model, **sizes, budget=budget if budget is not None else int(SHARE * planning.free(places)),
+                why=why if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
+                most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None)
         state = planning.abstract_state(model, groups, number, kv_cache_dtype)
     shapes: dict[str, Any] = dict(
-        params=planning.abstract_params(model, number, quantize), state=state, max_rows=max_rows, max_context=context,
+        params=weights, state=state, max_rows=max_rows, max_context=context,
         forced=forced, table_width={group.name: -(-context // group.page_size) for group in groups})
     with ExitStack() as undo:
         others = meet() if several else None
         kind = partial(Leader, others) if isinstance(others, list) else Executables
+        put, ring = places[0].put, None
+        if tiers is not None:
+            ring = undo.enter_context(closing(Ring(model, tiers, places[0].device, aliased)))
+            kind, put = partial(Streamed, ring), ring.put
         each = [undo.enter_context(closing(kind(model, ladder, device=place, **shapes))) for place in places]
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
         for executables in each:  # while the weights are read
@@ -166,7 +188,9 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             _check_taken(op, how, each[0].taken(op, how))
         tokenizer = _tokenizer(checkpoint)
         params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
-                             put=places[0].put)
+                             put=put, keep=ring is None)
+        if ring is not None:
+            ring.start(params, params.pop("blocks"))
         for executables in each:  # while the first prompt runs
             executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))
         if isinstance(others, Connection):
@@ -186,7 +210,28 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             shards.append(Shard(undo.enter_context(closing(engine)), delivery))
         undo.pop_all()
     return LanguageModel(model, tokenizer, shards, config=config, eos=eos,
-                         max_context=context, load_seconds=time.perf_counter() - start)
+                         max_context=context, load_seconds=time.perf_counter() - start, ring=ring)
+
+
+class Streaming(NamedTuple):
+    """Budgets in bytes: the device's, and the host's, or None for the default."""
+
+    device: int
+    host: int | None
+
+
+def _streaming(memory: Any, device_memory: Any, host_memory: Any, mesh: Any) -> Streaming | None:
+    """What `device_memory` asks for, if it is given."""
+    if device_memory is None:
+        if host_memory is not None:
+            raise InvalidOption("host_memory is for what device_memory leaves out; give device_memory as well")
+        return None
+    for name, other in (("memory", memory), ("mesh", mesh)):
+        if other is not None:
+            raise InvalidOption(f"device_memory and {name} are given; weights stream to one device, whose whole budget "
+                                f"device_memory is: leave {name} out, or device_memory")
+    sized = lambda value, name: None if value is None else planning.parse_bytes(value, name)
+    return Streaming(planning.parse_bytes(device_memory, "device_memory"), sized(host_memory, "host_memory"))
 
 
 def _forced(kernels: Mapping[str, str] | None, batch_invariant: bool, platform: str) -> dict[str, str]:
@@ -209,11 +254,12 @@ def _check_taken(op: str, how: str, taken: list[str]) -> None:
         raise InvalidOption(f"kernels: {how!r} of {op} is for no call in the programs of this model; {instead}")
 
 
-def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, mesh: Any,
-                       kernels: Any, kv_cache_dtype: Any, what: str) -> None:
+def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, stream: Any,
+                       mesh: Any, kernels: Any, kv_cache_dtype: Any, what: str) -> None:
     wrong = [name for name, given in (
         ("max_rows", max_rows != MAX_ROWS), ("max_waiting_tokens", max_waiting_tokens != MAX_WAITING_TOKENS),
-        ("batch_invariant", batch_invariant), ("memory", memory is not None), ("mesh", mesh is not None),
+        ("batch_invariant", batch_invariant), ("memory", memory is not None), ("device_memory", stream is not None),
+        ("mesh", mesh is not None),
         ("kernels", kernels), ("kv_cache_dtype", kv_cache_dtype is not None)) if given]
     if wrong:
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
