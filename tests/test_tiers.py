@@ -40,14 +40,15 @@ HOW = dict(max_context=256, max_rows=4, batch_invariant=True)
 TOKENS = dict(max_tokens=12, ignore_eos=True)
 
 
-def needs(config: dict, *, dtype="float32", quantize=None, max_context, max_rows, batch_invariant=False):
+def needs(config: dict, *, dtype="float32", quantize=None, kv_cache_dtype=None, max_context, max_rows,
+          batch_invariant=False):
     """What plan_tiers takes for a config that is loaded so: its graph, the shapes of its weights, what it needs, and
     the tokens of the largest step."""
     graph = architecture(config, max_context=max_context).graph()
     ladder = (invariant_ladder if batch_invariant else partial(default_ladder, chunks=1))(max_rows, max_context)
     with tracing("cpu"):
-        need = planning.needs(graph, dtype=jnp.dtype(dtype), quantize=quantize, max_context=max_context,
-                              max_rows=max_rows, chunk=ladder.chunk)
+        need = planning.needs(graph, dtype=jnp.dtype(dtype), quantize=quantize, chunk=ladder.chunk,
+                              max_context=max_context, max_rows=max_rows, kv_cache_dtype=kv_cache_dtype)
     return graph, planning.abstract_params(graph, jnp.dtype(dtype), quantize), need, ladder.budget
 
 
@@ -151,6 +152,13 @@ def layered(sizes: list[int]) -> Graph:
     return Graph("layered", spec, (), lambda *_: None, blocks, lambda *_: None, 1, 1)
 
 
+class Apart(Ring):
+    """As for a device with a memory of its own, which a CPU has not: what is put there is a copy."""
+
+    def _to_device(self, weights):
+        return super()._to_device(jax.tree.map(np.array, weights))
+
+
 @given(st.data())
 def test_a_ring_gives_every_layer_in_any_order_of_broken_sweeps(data):
     """Read from the disk or held on the host, copied or lying where the device computes."""
@@ -165,7 +173,7 @@ def test_a_ring_gives_every_layer_in_any_order_of_broken_sweeps(data):
     largest = max(record.size for record in records.values())
     tiers = Tiers(stays + slots * largest, 0, 0, len(sizes), slots, 0 if aliased else STAGES, tuple(records),
                   tuple(sorted(on_disk)), records)
-    ring = Ring(graph, tiers, device, aliased)
+    ring = (Ring if aliased else Apart)(graph, tiers, device, aliased)
     try:
         fill = lambda leaf, i: np.full(leaf.shape, i + 0.5, np.float32)
         put = lambda i, layer: jax.tree.map(lambda leaf: ring.put(leaf, fill(leaf, i)), layer)
@@ -234,6 +242,22 @@ def test_a_budget_too_small_for_the_ring_is_refused_with_the_numbers_and_one_tha
     enough = str(refused.value).split("device_memory='")[1].split("'")[0]
     plan_tiers(*needs(DEEP, **LONE)[:3], tokens=needs(DEEP, **LONE)[3], max_rows=1, host_memory=0, aliased=True,
                device_memory=planning.parse_bytes(enough))
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.25])
+def test_what_does_not_fit_is_refused_with_three_ways_that_do(written, share):
+    """Each of them, tried."""
+    how = dict(max_context=1024, max_rows=8)
+    budget = int(share * needs(DEEP, **how)[2].least)
+    with pytest.raises(OutOfMemory, match=r"weights.*temporaries.*pages of one context.*nothing was loaded") as refused:
+        ji.load(written(DEEP), **how, memory=budget)
+    largest, *others = str(refused.value).split("would fit with ")[1].split("; or with ")
+    assert len(others) == 3 and needs(DEEP, **how)[2].least <= planning.parse_bytes(eval(f"dict({largest})")["memory"])
+    for options in (eval(f"dict({text})") for text in others):
+        asked = {**how, **options}
+        streamed, pages = asked.pop("device_memory", None), asked.pop("kv_cache_dtype", None)
+        graph, params, need, tokens = needs(DEEP, **asked, kv_cache_dtype=pages)
+        assert (sum(streaming(graph, params, need, tokens)) if streamed else need.least) <= budget
 
 
 def test_a_host_too_small_for_the_buffers_of_a_disk_is_refused():

@@ -50,6 +50,9 @@ class Streamed(Executables):
     def prepare(self, *keys: Key) -> list:
         return super().prepare(*(part for key in keys for part in self.parts(key)))
 
+    def is_ready(self, key: Key) -> bool:
+        return all(map(super().is_ready, self.parts(key)))
+
     def get(self, key: Key, real: int = 1, padded: int = 1) -> Callable:
         parts, find = self.parts(key), super().get
         programs = [find(part, real, padded) for part in parts]

@@ -35,6 +35,7 @@ from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.devices import find_device, find_meshes
 from jaxinfer.runtime.engine import Engine
+from jaxinfer.runtime.fit import would_fit
 from jaxinfer.runtime.followers import PARAMS, Follower, Leader, meet
 from jaxinfer.runtime.language import LanguageModel
 from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
@@ -153,7 +154,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     platform = places[0].device.platform
     with ops.tracing(platform, forced):
         chunks = ops.chunks(platform)
-        ladder = invariant_ladder(max_rows, context) if batch_invariant else default_ladder(max_rows, context, chunks)
+        ladders = invariant_ladder if batch_invariant else partial(default_ladder, chunks=chunks)
+        ladder = ladders(max_rows, context)
         chunk, several = ladder.chunk, not places[0].is_local
         sizes: dict[str, Any] = dict(dtype=number, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_rows=max_rows,
                                      max_context=context, chunk=chunk, place=places[0])
@@ -164,11 +166,14 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             tiers, groups = plan_tiers(model, weights, need, max_rows=max_rows, tokens=ladder.budget,
                                        device_memory=stream.device, host_memory=host, aliased=aliased)
         else:
-            budget, why = (stream.device, f"device_memory={device_memory!r}") if stream else (budget, f"{memory=}")
-            groups = planning.page_groups(
-                model, **sizes, budget=budget if budget is not None else int(SHARE * planning.free(places)),
-                why=why if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
-                most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None)
+            why, most = f"device_memory={device_memory!r}" if stream else f"{memory=}", None
+            budget = stream.device if stream else budget
+            if budget is None:
+                budget = int(SHARE * planning.free(places))
+                why = f"{SHARE:.0%} of the memory that is free on {places[0].device}"
+                most = CPU_PAGES // planning.sharing(places) if platform == "cpu" else None
+            groups = planning.page_groups(model, **sizes, budget=budget, why=why, most=most,
+                                          fits=partial(would_fit, model, sizes, budget, ladders))
         state = planning.abstract_state(model, groups, number, kv_cache_dtype)
     shapes: dict[str, Any] = dict(
         params=weights, state=state, max_rows=max_rows, max_context=context,

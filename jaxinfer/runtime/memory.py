@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,12 +147,12 @@ def needs(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: i
 
 def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, budget: int,
                 why: str, most: int | None = None, quantize: str | None = None, kv_cache_dtype: str | None = None,
-                place: Placement | None = None) -> tuple[PageGroup, ...]:
+                place: Placement | None = None, fits: Callable[[], Sequence[str]] = list) -> tuple[PageGroup, ...]:
     """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights,
     or what `most` bytes hold (but one full context at least). All bytes are those of each device of `place`.
 
-    Raises OutOfMemory, with the numbers, when not even one sequence of `max_context` tokens fits. `why` says where
-    the budget came from.
+    Raises OutOfMemory, with the numbers and what `fits` instead, when not even one sequence of `max_context` tokens
+    does. `why` says where the budget came from.
     """
     need = needs(graph, dtype=dtype, max_context=max_context, max_rows=max_rows, chunk=chunk, quantize=quantize,
                  kv_cache_dtype=kv_cache_dtype, place=place)
@@ -161,9 +161,7 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
             f"{graph.name} needs {mib(need.weights)} for weights, {mib(need.temporaries)} for temporaries and "
             f"{mib(need.row)} for the pages of one context of {max_context} tokens: {mib(need.least)}, but {why} is "
             f"{mib(budget)}; nothing was loaded. It would fit with "
-            f"memory='{need.least / 2**20 + 1:.0f}MiB', a smaller max_context, fewer max_rows, or a "
-            "smaller dtype, quantize or kv_cache_dtype."
-        )
+            + "; or with ".join([f"memory='{need.least / 2**20 + 1:.0f}MiB'", *fits()]))
     rows = min(max_rows, (budget - need.weights - need.temporaries) / need.row)
     if most is not None:
         rows = min(rows, max(1.0, most / need.row))

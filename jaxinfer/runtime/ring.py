@@ -159,13 +159,15 @@ class Ring:
                 self._count(self.tiers.records[passing.layer].size)
                 self._change.notify_all()
             if not isinstance(passing.weights, Exception):
-                moved = lambda passing=passing: jax.block_until_ready(
-                    jax.device_put(passing.weights, self._device, may_alias=self._aliased))
+                moved = lambda passing=passing: self._to_device(passing.weights)
                 passing.weights = self._timed("" if self._aliased else "move", passing.layer, moved)
             if not self._aliased and passing.buffer is not None:
                 self._push(self._buffers, passing.buffer)
                 passing.buffer = None
             self._push(self._there, passing)
+
+    def _to_device(self, weights: Any) -> Any:
+        return jax.block_until_ready(jax.device_put(weights, self._device))
 
     def _watch(self) -> None:
         """See layers computed, one after another, and free them."""
