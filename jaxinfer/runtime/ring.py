@@ -167,7 +167,7 @@ class Ring:
             self._push(self._there, passing)
 
     def _to_device(self, weights: Any) -> Any:
-        return jax.block_until_ready(jax.device_put(weights, self._device))
+        return jax.block_until_ready(jax.device_put(weights, SingleDeviceSharding(self._device)))
 
     def _watch(self) -> None:
         """See layers computed, one after another, and free them."""
