@@ -358,8 +358,9 @@ def resident(key):
 def answer(path):
     with ji.load(path, max_context=64, max_rows=1, batch_invariant=True, device_memory=budget) as lm:
         lm("abc", max_tokens=4, ignore_eos=True)
-answer(small)
-gc.collect()
+for _ in range(3):  # what was compiled and given back is there for the next
+    answer(small)
+    gc.collect()
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 before = resident("VmRSS")
 answer(large)
@@ -373,6 +374,7 @@ def test_resident_memory_does_not_grow_with_the_model(deep, written):
     large = {**DEEP, "num_hidden_layers": 72}
     budget = tight(large, **LONE)
     command = [sys.executable, "-c", RESIDENT, deep[0], written(large), str(budget)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, env={**os.environ, "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True,
+                         check=True)
     weights, slack = planning.nbytes(needs(large, **LONE)[0].spec, jnp.float32), 10**8  # XLA compiles
     assert int(ran.stdout) < budget + slack < weights / 2

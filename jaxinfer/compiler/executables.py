@@ -234,7 +234,8 @@ class Executables(Programs):
         that are being compiled anyway come first, then those that are traced quickly."""
         found: dict[str, None] = {}
         slow = lambda key: (key not in self._pending, isinstance(key.shape, Bucket))
-        for key in sorted(_keys(self.ladder.buckets), key=slow):
+        parts = (part for key in _keys(self.ladder.buckets) for part in self.parts(key))
+        for key in sorted(parts, key=slow):
             if how in found:
                 break
             if ways := self.chosen(key).get(op):
