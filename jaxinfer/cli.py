@@ -50,6 +50,8 @@ DType = Annotated[str | None, _option("Of the weights on the device: float32, bf
 MaxContext = Annotated[int | None, _option("Tokens of prompt and answer that one request may have.")]
 MaxRows = Annotated[int | None, _option("Requests that run at the same time.")]
 Memory = Annotated[str | None, _option("Budget for weights and cache, such as 2GiB.")]
+DeviceMemory = Annotated[str | None, _option("The same for a model that may be larger: layers that do not fit stream.")]
+HostMemory = Annotated[str | None, _option("Budget for layers that stream; the others come from the disk.")]
 Quantize = Annotated[str | None, _option("Hold matrices in fewer bits: int8, w8a8, int4 or fp8.")]
 KvCacheDtype = Annotated[str | None, _option("Of keys and values: float32, bfloat16, int8 or fp8.")]
 Device = Annotated[str | None, _option("cpu, gpu or tpu.")]
@@ -74,6 +76,8 @@ def run(
     max_context: MaxContext = None,
     max_rows: MaxRows = None,
     memory: Memory = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
     device: Device = None,
 ) -> None:
     """Continue PROMPT, and print the text as it comes."""
@@ -81,7 +85,8 @@ def run(
     drawing = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                      seed=seed, stop=stop)
     options = _given(dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context,
-                     max_rows=max_rows, memory=memory, device=device)
+                     max_rows=max_rows, memory=memory, device_memory=device_memory, host_memory=host_memory,
+                     device=device)
     with _loaded(model, options) as lm:
         if chat:
             pieces = lm.chat([{"role": "user", "content": prompt}], stream=True, **drawing)
@@ -108,13 +113,16 @@ def chat(
     max_context: MaxContext = None,
     max_rows: MaxRows = None,
     memory: Memory = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
     device: Device = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /exit or Ctrl-D leaves."""
     drawing = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                      seed=seed, stop=stop)
     options = _given(dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context,
-                     max_rows=max_rows, memory=memory, device=device)
+                     max_rows=max_rows, memory=memory, device_memory=device_memory, host_memory=host_memory,
+                     device=device)
     with _loaded(model, options) as lm:
         messages: list[dict[str, str]] = []
         for question in _questions():

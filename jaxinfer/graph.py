@@ -168,8 +168,8 @@ class Graph:
 
     `spec` is `{"blocks": [one tree per layer], ...}`; `embed(params, run) -> x_TD`, `final(params, x_TD) -> x_TD`
     (what makes the stream the model's hidden states: a norm, usually) and `head(params, x_RD) -> logits_RV` (float32)
-    see the whole of params, a block only its own tree. `ignore` are patterns of checkpoint tensors that may be
-    present and are not read.
+    see the whole of params, or all but its blocks where these are streamed; a block only its own tree. `ignore` are
+    patterns of checkpoint tensors that may be present and are not read.
     """
 
     name: str
@@ -201,9 +201,8 @@ def hidden(graph: Graph, params: Params, state: State, last_S: jax.Array, run: R
 
 def _stream(graph: Graph, params: Params, state: State, last_S: jax.Array, run: Run) -> tuple[State, jax.Array]:
     """The state after the run, and the stream after the last block."""
-    tokens_T = jnp.where(run.tokens_T < 0, last_S[run.slot_R[run.row_T]], run.tokens_T)
-    run = replace(run, tokens_T=tokens_T)
-    x_TD, pages = graph.embed(params, run), {group.name: iter(state[group.name]) for group in graph.groups}
+    run, x_TD = begin(graph, params, last_S, run)
+    pages = {group.name: iter(state[group.name]) for group in graph.groups}
     written: State = {group.name: [] for group in graph.groups}
     # Layers that share a function are traced once; a fresh partial, since JAX would also share the trace with steps
     # for other platforms.
@@ -212,6 +211,12 @@ def _stream(graph: Graph, params: Params, state: State, last_S: jax.Array, run: 
         x_TD, new = traced[block.apply](layer, next(pages[block.group]), x_TD, run)
         written[block.group].append(new)
     return written, x_TD
+
+
+def begin(graph: Graph, params: Params, last_S: jax.Array, run: Run) -> tuple[Run, jax.Array]:
+    """The run with every token known, and the stream before the first block."""
+    run = replace(run, tokens_T=jnp.where(run.tokens_T < 0, last_S[run.slot_R[run.row_T]], run.tokens_T))
+    return run, graph.embed(params, run)
 
 
 @dataclass(frozen=True)

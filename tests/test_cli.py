@@ -62,7 +62,8 @@ def test_help_names_every_command():
 def test_help_of_a_command_names_every_option(command):
     ran = jaxinfer(command, "--help", COLUMNS=160)
     options = {"--max-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--dtype",
-               "--quantize", "--kv-cache-dtype", "--max-context", "--max-rows", "--memory", "--device"}
+               "--quantize", "--kv-cache-dtype", "--max-context", "--max-rows", "--memory", "--device-memory",
+               "--host-memory", "--device"}
     assert options <= set(re.findall(r"--[a-z-]+", ran.stdout))
 
 

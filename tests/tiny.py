@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in Hugging Face layout, made without torch: one plain, one with windows, one with experts."""
+"""Tiny random checkpoints in Hugging Face layout, made without torch: plain, with windows, with experts, GPT-2."""
 
 import json
 from pathlib import Path
@@ -21,6 +21,7 @@ WINDOWED = {**COMMON, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM
             "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}
 ROUTED = {**COMMON, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2,
           "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [0]}
+GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512}
 
 
 def tokenizer() -> tokenizers.Tokenizer:
@@ -47,8 +48,8 @@ def write(directory: Path, config: dict, seed: int = 0) -> Path:
             whole = whole.reshape(-1, leaf.shape[2])
         sizes = _parts(leaf, config, len(whole))
         for name, part in zip(leaf.alternatives[0], np.split(whole, np.cumsum(sizes)[:-1]), strict=True):
-            tensors[name] = np.ascontiguousarray(part)
-    tensors["model.embed_tokens.weight"] *= 3
+            tensors[name] = np.ascontiguousarray(part.T if leaf.transpose else part)
+    tensors[next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))] *= 3
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))

@@ -54,6 +54,9 @@ class Executables(Programs):
     keep house.
     """
 
+    runs_ahead = True  # whether a step may be dispatched before the one before it has been read back
+    gives_logits = "forward"  # the kind of program that does
+
     def __init__(self, graph: Graph, ladder: Ladder, *, params: Any, state: Any, max_rows: int, max_context: int,
                  table_width: dict[str, int], device: jax.Device | Placement, platform: str | None = None,
                  forced: Mapping[str, str] | None = None):
@@ -64,8 +67,9 @@ class Executables(Programs):
         placed = lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.place.along(*axes))
         self.state = {name: [jax.tree.map(partial(placed, axes=pages.axes), pages) for pages in layers]
                       for name, layers in state.items()}
-        for key in (key for bucket in ladder.buckets for key in _forwards(bucket)):
-            _ = self.ledger[str(key)]
+        for whole in (key for bucket in ladder.buckets for key in _forwards(bucket)):
+            for key in self.parts(whole):
+                _ = self.ledger[str(key)]
         self._functions: dict[Callable, None] = {}  # users', the latest last
         self.holding = lru_cache(4096)(ladder.holding)  # in every step anew
 
@@ -91,6 +95,10 @@ class Executables(Programs):
     @cached_property
     def _shapes(self) -> str:
         return fingerprint(self.params, self.state)
+
+    def parts(self, key: Key) -> tuple[Key, ...]:
+        """The programs that `key` is made of: itself, unless its layers come one by one."""
+        return (key,)
 
     def lower(self, key: Key) -> jax.stages.Lowered:
         """The program of `key` for abstract arguments."""
@@ -182,7 +190,7 @@ class Executables(Programs):
         return all(key in self._ready for key in self._needed(bucket, then))
 
     def _needed(self, bucket: Bucket, then: Iterable[Key]) -> list[Key]:
-        return [_forward(bucket), *(key._replace(shape=bucket.rows) for key in then)]
+        return [*self.parts(_forward(bucket)), *(key._replace(shape=bucket.rows) for key in then)]
 
     def prepare_logits(self, function: Callable, busy: Iterable[Callable | None] = ()) -> list[Future]:
         """Trace a user's logits function, and start compiling it wherever `forward` is. The programs of the
@@ -225,7 +233,7 @@ class Executables(Programs):
     def _rows(self) -> list[int]:
         """The row counts of steps that can run, or soon will."""
         with self._lock:
-            ready = {key.shape.rows for key in self._pending if key.kind == "forward"}  # type: ignore[union-attr]
+            ready = {key.shape.rows for key in self._pending if key.kind == self.gives_logits}  # type: ignore[union-attr]
         return sorted(ready | {bucket.rows for bucket in self.ladder.prompts})
 
     def warmup(self, buckets: Iterable[Bucket] | None = None) -> None:
@@ -242,7 +250,8 @@ class Executables(Programs):
         that are being compiled anyway come first, then those that are traced quickly."""
         found: dict[str, None] = {}
         slow = lambda key: (key not in self._pending, isinstance(key.shape, Bucket))
-        for key in sorted(_keys(self.ladder.buckets), key=slow):
+        parts = (part for key in _keys(self.ladder.buckets) for part in self.parts(key))
+        for key in sorted(parts, key=slow):
             if how in found:
                 break
             if ways := self.chosen(key).get(op):
@@ -291,14 +300,22 @@ def _steps(graph: Graph, steps: int, params, state, last_S, run: Run, slot_R, dr
 def _score(graph: Graph, params, state, last_S, run: Run, targets_T):
     """`forward`, and how likely each token's successor in `targets_T` was."""
     state, x_TD = hidden(graph, params, state, last_S, run)
-    head = partial(graph.head, params)
-    return state, head(x_TD[run.last_R]), kernels.prompt_logprobs(head, x_TD, targets_T)
+    return state, *scored(graph, params, x_TD, run, targets_T)
 
 
 def _embed(graph: Graph, params, state, last_S, run: Run):
     """The sum of the run's final hidden states, and the last one: `state, sum_D, last_D`."""
     state, x_TD = hidden(graph, params, state, last_S, run)
-    return state, jnp.where(run.valid_T[:, None], x_TD, 0).sum(0), x_TD[run.last_R[-1]]
+    return state, *pooled(x_TD, run)
+
+
+def scored(graph: Graph, params, x_TD, run: Run, targets_T):
+    head = partial(graph.head, params)
+    return head(x_TD[run.last_R]), kernels.prompt_logprobs(head, x_TD, targets_T)
+
+
+def pooled(x_TD, run: Run):
+    return jnp.where(run.valid_T[:, None], x_TD, 0).sum(0), x_TD[run.last_R[-1]]
 
 
 def _zeros(like: Any) -> Any:

@@ -16,6 +16,7 @@ from jaxinfer.kernels.op import LOGITS, Op, whole
 from jaxinfer.request import MOST_LOGPROBS
 
 TOP = MOST_LOGPROBS  # as many as the OpenAI API gives
+SLICE = 32  # positions of a prompt whose logits are made at a time
 _BLOCK = 128
 
 
@@ -61,7 +62,7 @@ logprobs = Op("logprobs", reference=logprobs_reference)
 
 
 def prompt_logprobs(logits_of: Callable[[jax.Array], jax.Array], x_TD: jax.Array, targets_T: jax.Array,
-                    slice: int = 32) -> Logprobs:
+                    slice: int = SLICE) -> Logprobs:
     """`logprobs` of `targets_T` after each of T positions. `logits_of(x_RD) -> logits_RV` sees `slice` positions at
     a time, so that `[T, V]`, which may be larger than the model, is never held."""
     T = targets_T.size

@@ -164,6 +164,10 @@ class Engine:
                 break
             plan = None
             try:
+                if flying and not self.executables.runs_ahead:
+                    plan = flying.plan
+                    self._commit(flying)
+                    plan = flying = None
                 plan = self.scheduler.plan(self._steps(), self._rungs())
                 if plan and flying and not self._is_ready(plan):
                     plan, late = flying.plan, plan

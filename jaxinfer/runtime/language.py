@@ -34,8 +34,11 @@ from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.memory import held
 from jaxinfer.runtime.pack import check
+from jaxinfer.runtime.ring import Ring
 from jaxinfer.runtime.shards import Front, Shard
 from jaxinfer.runtime.startup import Startup
+from jaxinfer.runtime.tiers import Tiers
+from jaxinfer.runtime.timeline import Timeline
 from jaxinfer.runtime.versions import copied, fit
 from jaxinfer.scheduler import AGEING
 
@@ -74,13 +77,15 @@ class LanguageModel(Living):
     """
 
     def __init__(self, graph: Graph, tokenizer: Tokenizer, shards: SequenceOf[Shard], *, config: Any,
-                 eos: frozenset[int], max_context: int, startup: Startup, save: Callable[..., Path]):
+                 eos: frozenset[int], max_context: int, startup: Startup, save: Callable[..., Path],
+                 ring: Ring | None = None):
         self.graph, self.tokenizer, self.config = graph, tokenizer, config
         self.max_context = max_context
         self._front, self._eos = Front(shards), eos
         self._engine, self._delivery = shards[0]  # what is true of all shards is asked of the first
         self._ids, self._numbers, self._swapping = itertools.count(1), itertools.count(2), threading.Lock()
         self._startup, self._load_seconds, self._save = startup, time.perf_counter() - startup.began, save
+        self._ring = ring
         for engine, delivery in shards:
             delivery.end = engine.end
         self._shut = weakref.finalize(self, self._front.close)  # also when it is dropped, and at exit
@@ -182,9 +187,9 @@ class LanguageModel(Living):
     @property
     def params(self) -> Any:
         """The weights, a pytree in the shape of `graph.spec`. On a mesh, leaves of several parts are copies: they are
-        stored in another order. Raises InvalidOption where no process has all of them."""
+        stored in another order. Raises InvalidOption where no process has all of them, or where they are streamed."""
         self._check_open()
-        self._check_process()
+        self._check_whole()
         return over_leaves(self.placements[0].restore, self.graph.spec, self._stored)
 
     @property
@@ -208,6 +213,16 @@ class LanguageModel(Living):
             found.note("first token", *first)
         return found
 
+    @property
+    def tiers(self) -> Tiers | None:
+        """Where the weights lie if they are streamed (`load(device_memory=...)`); None if all are on the device."""
+        return None if self._ring is None else self._ring.tiers
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """When each streamed layer was read, moved and computed from; None if none is."""
+        return None if self._ring is None else self._ring.timeline
+
     # Weights.
 
     @property
@@ -226,7 +241,7 @@ class LanguageModel(Living):
         self._check_open()
         if running not in ("finish", "continue"):
             raise InvalidOption(f"running is {running!r}; it must be 'finish' or 'continue'")
-        self._check_process()
+        self._check_whole()
         params = copied(fit(params, self._engine.executables.params))
         placed = [over_leaves(place.put, self.graph.spec, params) for place in self.placements]
         with self._swapping:
@@ -259,7 +274,8 @@ class LanguageModel(Living):
     def nbytes(self) -> int:
         """Bytes of the weights, the pages, and what the largest Executable needs beside them, on each device."""
         executables = self._engine.executables
-        return held((executables.params, executables.state)) + max((entry.bytes for entry in self.ledger), default=0)
+        weights = held(executables.params) if self._ring is None else self._ring.tiers.device
+        return weights + held(executables.state) + max((entry.bytes for entry in self.ledger), default=0)
 
     # Living.
 
@@ -287,10 +303,12 @@ class LanguageModel(Living):
         if self._engine.closed:
             raise Closed()
 
-    def _check_process(self) -> None:
-        """Other processes make the engine's calls, and none but these."""
+    def _check_whole(self) -> None:
+        """Other processes make the engine's calls, and none but these; layers that stream are in no one place."""
         if not self._engine.executables.place.is_local:
             raise InvalidOption("the weights lie on devices of several processes: they can be neither had nor swapped")
+        if self._ring is not None:
+            raise InvalidOption("the weights are streamed: they can be neither had nor swapped; load the others anew")
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

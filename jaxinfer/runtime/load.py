@@ -19,6 +19,7 @@ from jaxinfer import kernels as ops
 from jaxinfer.compiler import Executables, Key
 from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.compiler.placement import Placement, spread
+from jaxinfer.compiler.streamed import Streamed
 from jaxinfer.errors import InvalidOption
 from jaxinfer.frontend.catalog import resolve
 from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
@@ -36,7 +37,8 @@ from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.followers import PARAMS, Follower, Leader, meet
 from jaxinfer.runtime.language import LanguageModel
 from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
-from jaxinfer.runtime.shapes import shapes_of
+from jaxinfer.runtime.ring import Ring
+from jaxinfer.runtime.shapes import Streaming, shapes_of
 from jaxinfer.runtime.shards import Shard
 from jaxinfer.runtime.startup import Startup
 from jaxinfer.scheduler import Scheduler
@@ -50,9 +52,10 @@ INVARIANT = {"attend": "by_page"}  # implementations whose arithmetic for a toke
 def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any], Graph] | None = None,
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
-         memory: int | str | None = None, device: str | jax.Device | None = None, quantize: str | None = None,
-         kv_cache_dtype: str | None = None, known: Mapping[str, Any] | None = None,
-         mesh: Mapping[str, int] | None = None, kernels: Mapping[str, str] | None = None) -> Any:
+         memory: int | str | None = None, device_memory: int | str | None = None, host_memory: int | str | None = None,
+         device: str | jax.Device | None = None, quantize: str | None = None, kv_cache_dtype: str | None = None,
+         known: Mapping[str, Any] | None = None, mesh: Mapping[str, int] | None = None,
+         kernels: Mapping[str, str] | None = None) -> Any:
     """Load a model and start what serves it: a `LanguageModel`; for an encoder such as BERT a `TextEncoder`, which
     embeds and classifies texts; for an .onnx file an `Endpoint` (and its `graph`).
 
@@ -72,6 +75,12 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     `memory`: bytes for weights, pages and temporaries, as a number or a text such as "8GiB"; by default at most half
     of what is free, and at most 512 MiB of KV pages on the CPU. Pages are made for `max_rows` full contexts if they
     fit, and fewer otherwise: then a request may have to wait for pages.
+    `device_memory`: the same budget for a model that may be larger: then as many layers as fit stay on the device, and
+    the others stream through a ring of two or three in every step, from the host's memory or, where `host_memory` is
+    too small for them, from a file that is written while the model is loaded. `host_memory` is by default half of what
+    is free; on a CPU, whose memory is the device's, nothing. KV pages take up to a quarter of `device_memory`. Such a
+    model can do all that others can but have its weights swapped, or run on a mesh; `lm.tiers` and `lm.timeline` tell
+    what lies where, and what happened when.
     `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a `jax.Device`; by default JAX's
     first.
     `quantize`: matrices are held in fewer bits, rounded while they are read; position tables, classifiers, norms and
@@ -102,12 +111,13 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             raise InvalidOption(f"{name} is {value!r}; it must be an integer >= 1")
     if memory is not None:
         planning.parse_bytes(memory)  # before anything is downloaded
+    stream = _streaming(memory, device_memory, host_memory, mesh)
     compiler.enable()
     meshes, path = find_meshes(mesh, device), resolve(source)
     forced = _forced(kernels, batch_invariant, find_device(device).platform)
     if path.suffix == ".onnx":
-        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
-                           "an ONNX file")
+        _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, stream, mesh, kernels,
+                           kv_cache_dtype, "an ONNX file")
         if any(given is not None for given in (graph, dtype, max_context, quantize)):
             raise InvalidOption("graph, dtype, max_context and quantize are not for an ONNX file, which says these "
                                 "itself")
@@ -121,8 +131,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         config, model = origin.model_of(checkpoint, graph, max_context)
     forced = {**FORCED.get(quantize, {}), **forced}
     if isinstance(model, Encoder):
-        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, mesh, kernels, kv_cache_dtype,
-                           "an encoder")
+        _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, stream, mesh, kernels,
+                           kv_cache_dtype, "an encoder")
         return load_encoder(checkpoint, config, model, origin.tokenizer_of(checkpoint), quantize=quantize,
                             dtype=origin.dtype_of(checkpoint, dtype), max_waiting=max_waiting,
                             device=find_device(device))
@@ -133,12 +143,17 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     places = [spread(model, one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
     for axis, why in places[0].replicated.items():
         events.emit(events.Replicated(axis, why))
-    ladder, chunks, groups, given = shapes_of(
+    ladder, chunks, groups, given, tiers = shapes_of(
         model, places, number, max_context=context, max_rows=max_rows, quantize=quantize, forced=forced,
-        kv_cache_dtype=kv_cache_dtype, batch_invariant=batch_invariant, memory=memory)
+        kv_cache_dtype=kv_cache_dtype, batch_invariant=batch_invariant, memory=memory, stream=stream)
+    aliased = places[0].device.platform == "cpu"  # it computes from the host's memory where it lies
     with ExitStack() as undo:
         others = None if places[0].is_local else meet()
         kind = partial(Leader, others) if isinstance(others, list) else Executables
+        put, ring = places[0].put, None
+        if tiers is not None:
+            ring = undo.enter_context(closing(Ring(model, tiers, places[0].device, aliased)))
+            kind, put = partial(Streamed, ring), ring.put
         each = [undo.enter_context(closing(kind(model, ladder, device=place, **given))) for place in places]
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
         for executables in each:  # while the weights are read
@@ -148,9 +163,11 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         with ThreadPoolExecutor(1, "tokenizer") as beside:  # the weights
             words = beside.submit(_timed_tokenizer, checkpoint, startup)
             params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
-                                 put=places[0].put, saved=checkpoint.saved, timed=startup.note,
-                                 copies=places[0].device.platform != "cpu")
+                                 put=put, saved=checkpoint.saved, timed=startup.note,
+                                 copies=not aliased or ring is not None)
             tokenizer = words.result()
+        if ring is not None:
+            ring.start(params, params.pop("blocks"))
         for executables in each:  # while the first prompt runs
             executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))
             if places[0].device.platform != "cpu":  # where steps run on the cores that this takes, 0.7 s a program
@@ -174,7 +191,21 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         undo.pop_all()
     save = partial(save_folder, checkpoint=checkpoint, tokenizer=tokenizer, saved=Saved(str(number), quantize))
     return LanguageModel(model, tokenizer, shards, config=config, eos=eos, save=save, max_context=context,
-                         startup=startup)
+                         startup=startup, ring=ring)
+
+
+def _streaming(memory: Any, device_memory: Any, host_memory: Any, mesh: Any) -> Streaming | None:
+    """What `device_memory` asks for, if it is given."""
+    if device_memory is None:
+        if host_memory is not None:
+            raise InvalidOption("host_memory is for what device_memory leaves out; give device_memory as well")
+        return None
+    for name, other in (("memory", memory), ("mesh", mesh)):
+        if other is not None:
+            raise InvalidOption(f"device_memory and {name} are given; weights stream to one device, whose whole budget "
+                                f"device_memory is: leave {name} out, or device_memory")
+    sized = lambda value, name: None if value is None else planning.parse_bytes(value, name)
+    return Streaming(planning.parse_bytes(device_memory, "device_memory"), sized(host_memory, "host_memory"))
 
 
 def check_sizes(dtype: Any, kv_cache_dtype: Any, quantize: Any, max_context: Any, max_rows: Any) -> None:
@@ -209,11 +240,12 @@ def _check_taken(op: str, how: str, taken: list[str]) -> None:
         raise InvalidOption(f"kernels: {how!r} of {op} is for no call in the programs of this model; {instead}")
 
 
-def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, mesh: Any,
-                       kernels: Any, kv_cache_dtype: Any, what: str) -> None:
+def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, stream: Any,
+                       mesh: Any, kernels: Any, kv_cache_dtype: Any, what: str) -> None:
     wrong = [name for name, given in (
         ("max_rows", max_rows != MAX_ROWS), ("max_waiting_tokens", max_waiting_tokens != MAX_WAITING_TOKENS),
-        ("batch_invariant", batch_invariant), ("memory", memory is not None), ("mesh", mesh is not None),
+        ("batch_invariant", batch_invariant), ("memory", memory is not None), ("device_memory", stream is not None),
+        ("mesh", mesh is not None),
         ("kernels", kernels), ("kv_cache_dtype", kv_cache_dtype is not None)) if given]
     if wrong:
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from jaxinfer.compiler.placement import Placement, held
 from jaxinfer.errors import InvalidOption, OutOfMemory
 from jaxinfer.graph import Encoder, Graph, Leaf, State, StateGroup
 from jaxinfer.kernels import init_pages
+from jaxinfer.kernels.logprobs import SLICE
+from jaxinfer.kernels.op import platform
 from jaxinfer.kernels.quantised import blank, format_of
 from jaxinfer.scheduler import PageGroup
 
@@ -23,7 +26,7 @@ PAGE_SIZE = 64
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: int | str, name: str = "memory") -> int:
     """A number of bytes from an integer or a text such as "8GiB", "500 MB".
 
     >>> parse_bytes("1.5GiB")
@@ -34,7 +37,7 @@ def parse_bytes(size: int | str) -> int:
     if match:
         number = int(float(match[1]) * UNITS[match[2] or ""])
     if number <= 0:
-        raise InvalidOption(f"memory is {size!r}; it must be a number of bytes > 0, or a text such as '8GiB'")
+        raise InvalidOption(f"{name} is {size!r}; it must be a number of bytes > 0, or a text such as '8GiB'")
     return number
 
 
@@ -43,6 +46,11 @@ def available(device: jax.Device) -> int:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of the host's memory that are free for us now."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -81,37 +89,80 @@ def nbytes(spec: Any, dtype: Any, quantize: str | None = None, place: Placement 
 
 
 def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
-    """An upper estimate of a step's temporaries: a chunk's widest activations, and logits while they are sampled."""
+    """An upper estimate of a step's temporaries, of which `memory_analysis` tells the truth once it is compiled: a
+    chunk's widest activations, the page that each token looks at where no kernel of ours attends, and logits while
+    they are sampled or a slice of a prompt is scored."""
     leaves = jax.tree.leaves(graph.spec["blocks"], is_leaf=lambda x: isinstance(x, Leaf))
-    widest = max(max(leaf.shape) for leaf in leaves)
-    return 4 * (4 * chunk * widest + 4 * max_rows * graph.vocab)
+    token, copies = 4 * max(max(leaf.shape) for leaf in leaves), 4
+    if platform() == "cpu":
+        token += 2 * PAGE_SIZE * max(group.kv_heads * group.head_width for group in graph.groups)
+        copies = 8
+    return 4 * (chunk * token + max(copies * max_rows, 2 * SLICE + max_rows) * graph.vocab)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a model takes on each device: its `weights`, a step's `temporaries`, and those of a page of each
+    state group (`page`), of which one full context needs so many (`pages`)."""
+
+    weights: int
+    temporaries: int
+    page: dict[str, int]
+    pages: dict[str, int]
+
+    @property
+    def row(self) -> int:
+        """Bytes of the pages of one full context."""
+        return sum(count * self.page[name] for name, count in self.pages.items())
+
+    @property
+    def least(self) -> int:
+        """Bytes without which not even one sequence can run."""
+        return self.weights + self.temporaries + self.row
+
+    def groups(self, graph: Graph, rows: float) -> tuple[PageGroup, ...]:
+        """Pages for so many full contexts."""
+        return tuple(PageGroup(g.name, PAGE_SIZE, int(rows * self.pages[g.name]), g.window) for g in graph.groups)
+
+
+def needs(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, quantize: str | None = None,
+          kv_cache_dtype: str | None = None, place: Placement | None = None) -> Needs:
+    """What a model takes on each device of `place`, by arithmetic alone: nothing is read or compiled."""
+    return Needs(nbytes(graph.spec, dtype, quantize, place), temporaries(graph, chunk, max_rows),
+                 bytes_of_page(graph, dtype, kv_cache_dtype, place), pages_of_row(graph, max_context, chunk))
 
 
 def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, budget: int,
                 why: str, most: int | None = None, quantize: str | None = None, kv_cache_dtype: str | None = None,
-                place: Placement | None = None) -> tuple[PageGroup, ...]:
+                place: Placement | None = None, fits: Callable[[], Sequence[str]] = list) -> tuple[PageGroup, ...]:
     """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights,
     or what `most` bytes hold (but one full context at least). All bytes are those of each device of `place`.
 
-    Raises OutOfMemory, with the numbers, when not even one sequence of `max_context` tokens fits. `why` says where
-    the budget came from.
+    Raises OutOfMemory, with the numbers and what `fits` instead, when not even one sequence of `max_context` tokens
+    does. `why` says where the budget came from.
     """
-    weights, scratch = nbytes(graph.spec, dtype, quantize, place), temporaries(graph, chunk, max_rows)
-    page_bytes, one = bytes_of_page(graph, dtype, kv_cache_dtype, place), pages_of_row(graph, max_context, chunk)
-    per_row = sum(one[name] * page_bytes[name] for name in one)
-    rows = min(max_rows, (budget - weights - scratch) / per_row)
-    if most is not None:
-        rows = min(rows, max(1.0, most / per_row))
-    if rows < 1:
-        mib = lambda n: f"{n / 2**20:,.0f} MiB"
+    need = needs(graph, dtype=dtype, max_context=max_context, max_rows=max_rows, chunk=chunk, quantize=quantize,
+                 kv_cache_dtype=kv_cache_dtype, place=place)
+    if need.least > budget:
         raise OutOfMemory(
-            f"{graph.name} needs {mib(weights)} for weights, {mib(scratch)} for temporaries and {mib(per_row)} for the "
-            f"pages of one context of {max_context} tokens: {mib(weights + scratch + per_row)}, but {why} is "
+            f"{graph.name} needs {mib(need.weights)} for weights, {mib(need.temporaries)} for temporaries and "
+            f"{mib(need.row)} for the pages of one context of {max_context} tokens: {mib(need.least)}, but {why} is "
             f"{mib(budget)}; nothing was loaded. It would fit with "
-            f"memory='{(weights + scratch + per_row) / 2**20 + 1:.0f}MiB', a smaller max_context, fewer max_rows, or a "
-            "smaller dtype, quantize or kv_cache_dtype."
-        )
-    return tuple(PageGroup(g.name, PAGE_SIZE, int(rows * one[g.name]), g.window) for g in graph.groups)
+            + "; or with ".join([f"memory='{need.least / 2**20 + 1:.0f}MiB'", *fits()]))
+    rows = min(max_rows, (budget - need.weights - need.temporaries) / need.row)
+    if most is not None:
+        rows = min(rows, max(1.0, most / need.row))
+    return need.groups(graph, rows)
+
+
+def mib(count: int) -> str:
+    """Bytes as a message says them.
+
+    >>> mib(2**20 // 8), mib(5000 * 2**20)
+    ('0.125 MiB', '5,000 MiB')
+    """
+    number = count / 2**20
+    return f"{number:,.0f} MiB" if number >= 100 else f"{number:.3g} MiB"
 
 
 def bytes_of_page(graph: Graph, dtype: Any, kv_cache_dtype: str | None, place: Placement | None) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from jaxinfer import kernels as ops
@@ -10,42 +11,62 @@ from jaxinfer.compiler import Ladder, default_ladder, invariant_ladder
 from jaxinfer.compiler.placement import Placement
 from jaxinfer.graph import Graph
 from jaxinfer.runtime import memory as planning
+from jaxinfer.runtime.fit import would_fit
+from jaxinfer.runtime.tiers import Tiers, plan_tiers
 from jaxinfer.scheduler import PageGroup
 
 SHARE = 0.5  # of the free memory may go to a model whose user names no budget,
 CPU_PAGES = 2**29  # and of that this much to KV pages on the CPU, where zeroing more would be felt at start-up
 
 
+class Streaming(NamedTuple):
+    """Budgets in bytes: the device's, and the host's, or None for the default."""
+
+    device: int
+    host: int | None
+
+
 class Shapes(NamedTuple):
-    """`chunks` is what attention says of prompt chunks (`kernels.chunks`); `given` is what `Executables` is given."""
+    """`chunks` is what attention says of prompt chunks (`kernels.chunks`); `given` is what `Executables` is given;
+    `tiers` say where the layers are if not all of them stay on the device."""
 
     ladder: Ladder
     chunks: int | None
     groups: tuple[PageGroup, ...]
     given: dict[str, Any]
+    tiers: Tiers | None
 
 
 def shapes_of(model: Graph, places: Sequence[Placement], dtype: Any, *, max_context: int, max_rows: int,
               quantize: str | None, kv_cache_dtype: str | None, batch_invariant: bool, memory: int | str | None,
-              forced: Mapping[str, str]) -> Shapes:
+              forced: Mapping[str, str], stream: Streaming | None = None) -> Shapes:
     """The ladder, and as many pages as there is memory for. Raises InvalidOption, OutOfMemory."""
     budget, platform = None if memory is None else planning.parse_bytes(memory), places[0].device.platform
     with ops.tracing(platform, forced):
         chunks = ops.chunks(platform)
-        ladder = (invariant_ladder(max_rows, max_context) if batch_invariant
-                  else default_ladder(max_rows, max_context, chunks))
-        groups = planning.page_groups(
-            model, dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context,
-            max_rows=max_rows, chunk=ladder.chunk, place=places[0],
-            budget=steady(int(SHARE * planning.free(places))) if budget is None else budget,
-            why=f"memory={memory!r}" if budget else f"{SHARE:.0%} of the memory that is free on {places[0].device}",
-            most=CPU_PAGES // planning.sharing(places) if budget is None and platform == "cpu" else None,
-        )
+        ladders = invariant_ladder if batch_invariant else partial(default_ladder, chunks=chunks)
+        ladder, tiers = ladders(max_rows, max_context), None
+        sizes: dict[str, Any] = dict(dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_rows=max_rows,
+                                     max_context=max_context, chunk=ladder.chunk, place=places[0])
+        need, aliased = planning.needs(model, **sizes), platform == "cpu"
+        params = planning.abstract_params(model, dtype, quantize)
+        if stream and need.least > stream.device:
+            host = stream.host or (0 if aliased else int(SHARE * planning.host_memory()))
+            tiers, groups = plan_tiers(model, params, need, max_rows=max_rows, tokens=ladder.budget,
+                                       device_memory=stream.device, host_memory=host, aliased=aliased)
+        else:
+            why, most = f"device_memory={stream.device}" if stream else f"{memory=}", None
+            budget = stream.device if stream else budget
+            if budget is None:
+                budget = steady(int(SHARE * planning.free(places)))
+                why = f"{SHARE:.0%} of the memory that is free on {places[0].device}"
+                most = CPU_PAGES // planning.sharing(places) if aliased else None
+            groups = planning.page_groups(model, **sizes, budget=budget, why=why, most=most,
+                                          fits=partial(would_fit, model, sizes, budget, ladders))
         state = planning.abstract_state(model, groups, dtype, kv_cache_dtype)
-    given = dict(params=planning.abstract_params(model, dtype, quantize), state=state, max_rows=max_rows,
-                 max_context=max_context, forced=forced,
+    given = dict(params=params, state=state, max_rows=max_rows, max_context=max_context, forced=forced,
                  table_width={group.name: -(-max_context // group.page_size) for group in groups})
-    return Shapes(ladder, chunks, groups, given)
+    return Shapes(ladder, chunks, groups, given, tiers)
 
 
 def steady(count: int) -> int:
