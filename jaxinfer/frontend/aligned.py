@@ -56,8 +56,8 @@ def write_aligned(path: Path, arrays: Mapping[str, Any], saved: Saved, what: str
         file.write(_packed(header, replace(saved, sha256=sums)))
 
 
-def read_saved(tensors: dict[str, Tensor], metadata: Mapping[str, str], path: Path
-               ) -> tuple[dict[str, Tensor], Saved | None]:
+def read_saved(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
+               ) -> tuple[Mapping[str, Tensor], Saved | None]:
     """The tensors of a file less their padding, and how we saved them; None if it is not ours. Raises CorruptFile."""
     if KEY not in metadata:
         return tensors, None
