@@ -106,6 +106,10 @@ class Mapped:
     def read(self) -> np.ndarray:
         return self.file.view(self.name, self.offset, self.shape, self.dtype)
 
+    def read_into(self, out: memoryview) -> None:
+        """All bytes, in one call where the system takes so many."""
+        self.file.read(self.name, [(self.offset, out)])
+
     def rows(self, start: int, stop: int, columns: slice = ALL) -> np.ndarray:
         row, inner = self.nbytes // self.shape[0], self.shape[1:]
         if columns == ALL:
