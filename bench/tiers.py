@@ -15,6 +15,7 @@ from statistics import median
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from support import random_checkpoint
 from support.report import publish, table
 
@@ -51,7 +52,8 @@ def bare(ring: Ring, device: jax.Device, spare: np.ndarray) -> float:
         if i in ring.tiers.on_disk:
             ring._spill.read(i, spare)
         else:
-            for array in jax.tree.leaves(jax.block_until_ready(jax.device_put(ring._hosted[i], device))):
+            there = jax.block_until_ready(jax.device_put(ring._hosted[i], SingleDeviceSharding(device)))
+            for array in jax.tree.leaves(there):
                 array.delete()
     return time.perf_counter() - start
 

@@ -193,12 +193,15 @@ def test_where_put_copies_nothing_is_mapped_and_reading_is_timed(tmp_path):
 
     for dtype in ("float32", "bfloat16"):
         expected = load_params(spec, opened, dtype=dtype, source="here")
-        params = load_params(spec, opened, dtype=dtype, source="here", put=put, copies=True,
-                             timed=lambda *what: read.append(what))
-        jax.tree.map(np.testing.assert_array_equal, params, expected)
-    assert len(read) == 2 * 2 * 43 and all(began <= ended for _, began, ended, _ in read)
-    sizes = [sum(size for what, _, _, size in read if what == name) for name in ("weights read", "weights transferred")]
-    assert sizes == [6 * sum(x.size for x in tensors.values())] * 2, "of float32 and bfloat16"
+        for again in (False, True):  # jnp.array has copied when it is ready
+            read.clear()
+            params = load_params(spec, opened, dtype=dtype, source="here", put=put, copies=True, again=again,
+                                 timed=lambda *what: read.append(what))
+            jax.tree.map(np.testing.assert_array_equal, params, expected)
+            assert len(read) == 2 * 43 and all(began <= ended for _, began, ended, _ in read)
+            sizes = [sum(nbytes for what, _, _, nbytes in read if what == name)
+                     for name in ("weights read", "weights transferred")]
+            assert sizes == [np.dtype(dtype).itemsize * sum(x.size for x in tensors.values())] * 2
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):

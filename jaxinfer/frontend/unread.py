@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Unread:
         if index is ...:
             if (mapped := self._mapped()) is not None:
                 return mapped
-            if (whole := self._as_stored()) is not None:
+            if (whole := self.as_stored()) is not None:
                 return whole
         cuts = _cuts(index, self.shape)
         numbers = [np.arange(size)[cut] for size, cut in zip(self.shape, cuts, strict=True)]
@@ -65,12 +65,12 @@ class Unread:
             return None
         return None if tensor.dtype != self.dtype or tensor.offset % 64 else tensor.read().reshape(self.shape)
 
-    def _as_stored(self) -> np.ndarray | None:
-        """The array if its bytes are the files' in their order: read at once, since pieces of 128 KiB keep sixteen
-        threads waiting for Python (16 GB from the page cache took 10 s)."""
+    def as_stored(self, new: Callable[..., np.ndarray] | None = None) -> np.ndarray | None:
+        """The array, in `new` memory, if its bytes are the files' in their order: read at once, since pieces of 128 KiB
+        keep sixteen threads waiting for Python (16 GB from the page cache took 10 s)."""
         if self.transpose or not all(isinstance(t, Mapped) and t.dtype == self.dtype for t in self.tensors):
             return None
-        out, at = aligned(self.shape, self.dtype), 0
+        out, at = (new or aligned)(self.shape, self.dtype), 0
         stored = memoryview(out.reshape(-1).view(np.uint8))
         for tensor in self.tensors:
             tensor.read_into(stored[at : at + tensor.nbytes])  # type: ignore[attr-defined]

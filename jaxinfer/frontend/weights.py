@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,7 +21,7 @@ from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import Progress, emit
 from jaxinfer.frontend.files import Tensor
 from jaxinfer.frontend.saved import Saved, path_name
-from jaxinfer.frontend.unread import Rounded, Unread
+from jaxinfer.frontend.unread import Rounded, Unread, aligned
 from jaxinfer.graph import Encoder, Graph, Leaf, Params
 from jaxinfer.kernels.quantised import blank, format_of
 
@@ -46,16 +48,32 @@ class Weight:
     names: tuple[str, ...]
 
 
-class Looked:
-    """An unread array that tells when it was read."""
+class Memory(threading.local):
+    """Memory of a thread's own, for one array at a time."""
 
-    def __init__(self, unread: Any, timed: Timed):
+    held = np.empty(0, np.uint8)
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        if self.held.nbytes < size:
+            self.held = aligned((size,), np.dtype(np.uint8))
+        return self.held[:size].view(dtype).reshape(shape)
+
+
+class Looked:
+    """An unread array that tells when it was read; into `memory`, if it is given and the array is taken as it lies."""
+
+    def __init__(self, unread: Any, timed: Timed, memory: Memory | None):
         self.unread, self.shape, self.dtype, self.timed = unread, unread.shape, unread.dtype, timed
+        self.memory = memory
         self.read_at = time.perf_counter()
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        began = time.perf_counter()
-        array, self.read_at = self.unread[index], time.perf_counter()
+        began, array = time.perf_counter(), None
+        if self.memory is not None and index is ...:
+            array = self.unread.as_stored(self.memory.array)
+        array = self.unread[index] if array is None else array
+        self.read_at = time.perf_counter()
         self.timed("weights read", began, self.read_at, array.nbytes)
         return array
 
@@ -63,7 +81,7 @@ class Looked:
 def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
                 put: Callable[[Leaf, Any], Any] = lambda _, x: jax.device_put(x[...]),
                 quantize: str | None = None, saved: Saved | None = None, timed: Timed = lambda *_: None,
-                copies: bool = False) -> Params:
+                copies: bool = False, again: bool = False) -> Params:
     """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint, or by what we
     `saved` them under.
 
@@ -75,6 +93,7 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     rows at a time: such a weight is never held as floats.
 
     With `copies`, `put` is known to copy (to a GPU, say): then sixteen threads read, and nothing of a file is mapped.
+    With `again`, it has done so when what it returns is ready: each thread then has memory that it uses again.
 
     Raises CheckpointMismatch that lists all missing, surplus and misshapen tensors, before anything is read; and for
     numbers that cannot be quantised, when they are. CorruptFile if a file changes or ends while it is read.
@@ -84,10 +103,11 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     sizes = [sum(tensors[name].nbytes for name in weight.names) for weight in weights]
     place = {name: i for i, name in enumerate(tensors)}  # a file's tensors come in its order
     in_order = sorted(range(len(weights)), key=lambda i: place[weights[i].names[0]])
-    done, total = 0, sum(sizes)
+    done, total, mine = 0, sum(sizes), Memory()
 
     def read(weight: Weight) -> Any:
-        parts = jax.tree.map(lambda x: Looked(x, timed), weight.unread)
+        alone = again and isinstance(weight.unread, Unread)
+        parts = jax.tree.map(lambda x: Looked(x, timed, mine if alone else None), weight.unread)
         placed = jax.block_until_ready(jax.tree.map(partial(put, weight.leaf), parts))
         since = max(part.read_at for part in jax.tree.leaves(parts))
         timed("weights transferred", since, time.perf_counter(), sum(x.nbytes for x in jax.tree.leaves(placed)))

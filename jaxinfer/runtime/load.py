@@ -164,7 +164,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             words = beside.submit(_timed_tokenizer, checkpoint, startup)
             params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
                                  put=put, saved=checkpoint.saved, timed=startup.note,
-                                 copies=not aliased or ring is not None)
+                                 copies=not aliased or ring is not None, again=not aliased and ring is None)
             tokenizer = words.result()
         if ring is not None:
             ring.start(params, params.pop("blocks"))
