@@ -35,10 +35,10 @@ def planned(config: str = json.dumps(LLAMA_8B), **options) -> "ji.plan":
                    mesh=dict([mesh]) if mesh else None, **options)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}, {"kv_cache_dtype": "int8"},
-    {"max_rows": 2, "max_context": 100}], ids=str)
-@pytest.mark.parametrize("config", [tiny.PLAIN, tiny.WINDOWED], ids=["plain", "windowed"])
+@pytest.mark.parametrize(("config", "options"), [
+    (tiny.WINDOWED, {}), (tiny.PLAIN, {"dtype": "bfloat16"}), (tiny.PLAIN, {"quantize": "int8"}),
+    (tiny.PLAIN, {"quantize": "int4", "kv_cache_dtype": "int8"}), (tiny.PLAIN, {"max_rows": 2, "max_context": 100})],
+    ids=["windowed", "bfloat16", "int8", "int4", "small"])
 def test_weights_and_pages_are_those_that_a_loaded_model_holds(config, options, tmp_path):
     options = {"max_rows": 3, "max_context": 256, "memory": "1GiB", **options}
     path = tiny.write(tmp_path, config)
@@ -62,9 +62,10 @@ def test_a_plan_for_this_machine_tries_it_and_takes_the_memory_that_load_would(t
 
 
 ROWS, CONTEXTS = st.integers(1, 300), st.integers(700, 8192)
+FEW = settings.default.max_examples // 12  # each plans a model or two
 
 
-@settings(max_examples=6)
+@settings(max_examples=FEW)
 @given(rows=ROWS, more=st.integers(0, 100), context=CONTEXTS, longer=st.integers(0, 4000))
 def test_more_rows_and_longer_contexts_never_need_or_take_less(rows, more, context, longer):
     longer = min(8192, context + longer)
@@ -76,7 +77,7 @@ def test_more_rows_and_longer_contexts_never_need_or_take_less(rows, more, conte
     assert [seconds for _, seconds in by_rows] == sorted(seconds for _, seconds in by_rows)
 
 
-@settings(max_examples=4)
+@settings(max_examples=FEW)
 @given(rows=st.integers(1, 64), context=st.integers(700, 8192))
 def test_the_largest_batch_fits_and_one_more_does_not(rows, context):
     budget = 40 << 30
@@ -87,7 +88,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(rows, context):
     assert longest == 8192 or planned(max_rows=rows, max_context=longest + 64, memory=budget).rows < rows
 
 
-@settings(max_examples=3)
+@settings(max_examples=FEW)
 @given(tokens=st.integers(1, 512), answer=st.integers(1, 512), price=st.floats(0.1, 10))
 def test_cost_follows_from_tokens_and_a_concurrency_from_the_rate_that_it_gives(tokens, answer, price):
     at = ji.plan(LLAMA_1B, device="h200", compile=False, max_rows=8, price=price,

@@ -45,7 +45,7 @@ def test_a_number_is_as_near_as_its_head_allows_and_no_head_sees_another(kind, d
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_same_memory_holds_nearly_twice_the_tokens(kind):
     graph = architecture({**tiny.PLAIN, "head_dim": 128}, max_context=1024).graph()
-    size = dict(dtype=jnp.bfloat16, max_context=1024, max_rows=512, chunk=512, budget=40 << 20, why="")
+    size = dict(dtype=jnp.bfloat16, max_context=1024, max_rows=512, chunk=64, budget=40 << 20, why="")
     (plain,), (small,) = (planning.page_groups(graph, kv_cache_dtype=kv, **size) for kv in (None, kind))
     assert 1.9 < small.pages / plain.pages < 2
     state = planning.abstract_state(graph, (small,), jnp.bfloat16, kind)

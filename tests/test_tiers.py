@@ -126,7 +126,7 @@ def test_a_model_four_times_larger_than_its_budget_runs(deep):
         assert lm.tiers.layers == 12 == len(lm.tiers.streamed) and lm.tiers.disk == lm.tiers.swept
 
 
-@settings(max_examples=settings.default.max_examples // 2)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(st.data())
 def test_any_budgets_give_the_same_tokens_and_are_kept(deep, data):
     path, expected = deep

@@ -38,14 +38,15 @@ class Tensor(Protocol):
 
 
 class Seen:
-    """A file as it was when it was first looked at."""
+    """A file as it was when it was first looked at. One that is open (`descriptor`) stays what it is when its name is
+    taken away or given to another one."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, descriptor: int | None = None):
+        self.path, self._open = path, descriptor
         self._state = self._look()
 
     def _look(self) -> tuple[int, int, int]:
-        found = os.stat(self.path)
+        found = os.stat(self.path if self._open is None else self._open)
         return found.st_size, found.st_mtime_ns, found.st_ino
 
     def check(self, tensor: str) -> None:
@@ -65,8 +66,8 @@ class File:
     before it is touched there. Raises CorruptFile if the file is empty."""
 
     def __init__(self, path: Path):
-        self.path, self._seen = path, Seen(path)
         self._file = path.open("rb", buffering=0)
+        self.path, self._seen = path, Seen(path, self._file.fileno())
         if not path.stat().st_size:
             raise CorruptFile(f"{path}: the file is empty")
         self.buffer = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -147,7 +147,9 @@ class Planner:
         return largest(lambda context: self.needed(rows, context) <= self.budget, limit)
 
     def _scratch(self, rows: int, context: int) -> int:
-        return planning.temporaries(self.graph, self._ladder(rows, context).chunk, rows)
+        chunk = self._ladder(rows, context).chunk
+        with self.tracing():
+            return planning.temporaries(self.graph, chunk, rows)
 
     @lru_cache(4096)  # noqa: B019  # a planner lives as long as its plan
     def _ladder(self, rows: int, context: int) -> Ladder:
