@@ -296,7 +296,7 @@ def test_the_second_process_traces_and_compiles_nothing_and_says_the_same(used, 
     assert startup["first token"].ended > startup["config"].ended and "warm-up" not in startup.phases
     planned = ("jaxpr_trace_duration", "<lambda>")
     assert not set(work) - {planned}, "something was traced or compiled beside the layout of a page"
-    assert work.count(planned) <= 3
+    assert work.count(planned) <= 2
 
 
 def test_a_loaded_program_takes_its_state_for_its_own(used, tiny_path):

@@ -134,15 +134,16 @@ def needs(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: i
 
 def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, budget: int,
                 why: str, most: int | None = None, quantize: str | None = None, kv_cache_dtype: str | None = None,
-                place: Placement | None = None, fits: Callable[[], Sequence[str]] = list) -> tuple[PageGroup, ...]:
+                place: Placement | None = None, fits: Callable[[], Sequence[str]] = list,
+                need: Needs | None = None) -> tuple[PageGroup, ...]:
     """The pages per state group: enough for `max_rows` full contexts, or what `budget` bytes leave after the weights,
     or what `most` bytes hold (but one full context at least). All bytes are those of each device of `place`.
 
     Raises OutOfMemory, with the numbers and what `fits` instead, when not even one sequence of `max_context` tokens
-    does. `why` says where the budget came from.
+    does. `why` says where the budget came from, and `need` what `needs` said of the same, if it was asked.
     """
-    need = needs(graph, dtype=dtype, max_context=max_context, max_rows=max_rows, chunk=chunk, quantize=quantize,
-                 kv_cache_dtype=kv_cache_dtype, place=place)
+    need = need or needs(graph, dtype=dtype, max_context=max_context, max_rows=max_rows, chunk=chunk, quantize=quantize,
+                         kv_cache_dtype=kv_cache_dtype, place=place)
     if need.least > budget:
         raise OutOfMemory(
             f"{graph.name} needs {mib(need.weights)} for weights, {mib(need.temporaries)} for temporaries and "

@@ -61,7 +61,7 @@ def shapes_of(model: Graph, places: Sequence[Placement], dtype: Any, *, max_cont
                 budget = steady(int(SHARE * planning.free(places)))
                 why = f"{SHARE:.0%} of the memory that is free on {places[0].device}"
                 most = CPU_PAGES // planning.sharing(places) if aliased else None
-            groups = planning.page_groups(model, **sizes, budget=budget, why=why, most=most,
+            groups = planning.page_groups(model, **sizes, budget=budget, why=why, most=most, need=need,
                                           fits=partial(would_fit, model, sizes, budget, ladders))
         state = planning.abstract_state(model, groups, dtype, kv_cache_dtype)
     given = dict(params=params, state=state, max_rows=max_rows, max_context=max_context, forced=forced,
