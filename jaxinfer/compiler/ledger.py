@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from html import escape
+from typing import ClassVar
 
 
 @dataclass
@@ -33,10 +34,32 @@ class Entry:
 COLUMNS = ("executable", "origin", "compile s", "temp MB", "hits", "padding", "kernels", "last miss")
 
 
-@dataclass
-class Ledger:
+class Table:
+    """Rows under `columns`, in a terminal and in a notebook. A dataclass that is one is made with `repr=False`."""
+
+    columns: ClassVar[tuple[str, ...]]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        table = [self.columns, *self.rows()]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        return "\n".join(map(line, table))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<table>" + line(self.columns, "th") + "".join(line(row, "td") for row in self.rows()) + "</table>"
+
+
+@dataclass(repr=False)
+class Ledger(Table):
     """A table, in a terminal and in a notebook; iterate over it for the entries."""
 
+    columns = COLUMNS
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def __iter__(self):
@@ -54,15 +77,3 @@ class Ledger:
              " ".join(f"{op}:{how}" for op, how in e.kernels.items()), e.missed)
             for e in self
         ]
-
-    def __str__(self) -> str:
-        table = [COLUMNS, *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        return "\n".join(map(line, table))
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-        return "<table>" + line(COLUMNS, "th") + "".join(line(row, "td") for row in self.rows()) + "</table>"

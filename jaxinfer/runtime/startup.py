@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
+
+from jaxinfer.compiler.ledger import Table
 
 
 @dataclass
@@ -26,8 +27,8 @@ class Phase:
 COLUMNS = "phase", "from s", "to s", "busy s", "MB", "origin"
 
 
-@dataclass
-class Startup:
+@dataclass(repr=False)
+class Startup(Table):
     """A table, in a terminal and in a notebook; iterate over it for the phases, in the order in which they began.
 
     >>> startup = Startup(began=10.0)
@@ -38,6 +39,7 @@ class Startup:
     weights read  1.00    3.00  2.50    6.0
     """
 
+    columns = COLUMNS
     began: float = field(default_factory=time.perf_counter)
     phases: dict[str, Phase] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -69,15 +71,3 @@ class Startup:
     def rows(self) -> list[tuple[str, ...]]:
         return [(p.name, f"{p.began:.2f}", f"{p.ended:.2f}", f"{p.busy:.2f}", f"{p.bytes / 1e6:.1f}" if p.bytes else "",
                  p.origin) for p in self]
-
-    def __str__(self) -> str:
-        table = [COLUMNS, *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        return "\n".join(map(line, table))
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-        return "<table>" + line(COLUMNS, "th") + "".join(line(row, "td") for row in self.rows()) + "</table>"
