@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from abc import abstractmethod
@@ -24,8 +25,8 @@ from jaxinfer.kernels.op import Tracing
 
 class Programs:
     """The compiled programs of one model on one device, or as it is placed on several. `lower(key)` says what a key's
-    program is; `str(key)` is its name. `forced` names implementations that ops take wherever they can. Compiles run on
-    two threads.
+    program is; `str(key)` is its name. `forced` names implementations that ops take wherever they can. Two are compiled
+    at a time; one where there are two cores, whose second one XLA uses itself.
 
     A program that was compiled once, here or in another process, is taken from the disk instead (`stored`): nothing is
     traced for it.
@@ -42,7 +43,8 @@ class Programs:
         self._ready: dict[Any, Callable] = {}
         self._pending: dict[Any, Future] = {}
         self._lock = threading.RLock()
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="jaxinfer-compile")
+        threads = min(2, max(1, (os.cpu_count() or 1) // 2))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="jaxinfer-compile")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-store")
 
     @abstractmethod

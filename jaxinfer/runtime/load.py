@@ -157,7 +157,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         each = [undo.enter_context(closing(kind(model, ladder, device=place, **given))) for place in places]
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
         for executables in each:  # while the weights are read
-            executables.prepare(Key("forward", first), Key("greedy", first.rows), Key("zeros"))
+            executables.prepare(Key("zeros"), Key("greedy", first.rows), Key("forward", first))
         for op, how in (kernels or {}).items():
             _check_taken(op, how, each[0].taken(op, how))
         with ThreadPoolExecutor(1, "tokenizer") as beside:  # the weights
