@@ -26,6 +26,7 @@ from bench.support.decoding import decode_rate
 from bench.support.random_checkpoint import write
 from bench.support.report import BENCH, publish, table
 from bench.support.shapes import LLAMA_8B, SHAPES, SMOLLM2, TINY
+from jaxinfer.compiler.buckets import Ladder
 from jaxinfer.runtime.plan import Plan
 
 CPU_WAYS = ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantize": "w8a8"})
@@ -43,6 +44,12 @@ def prefill(lm: ji.LanguageModel, tokens: int, rounds: int) -> float:
     return median([lm(p, max_tokens=1, reuse=False).timings.first_token for p in prompts][1:])
 
 
+def reading(ladder: Ladder, rows: int, context: int) -> int:
+    """About how many steps it takes until so many prompts are read, in which the first of them draw already."""
+    together = max(bucket.rows - bucket.singles for bucket in ladder.rungs.values())  # prompts that a step can read
+    return max(rows * context // ladder.budget, 4 * rows // together)  # each in a few pieces that fill their buckets
+
+
 def compare(path: Path, rows: tuple[int, ...], context: int, new: int, rounds: int, **options: Any) -> list[dict]:
     """Every prediction, and what was measured of it."""
     size, found = dict(max_rows=max(rows), max_context=2 * context, **options), []
@@ -54,7 +61,7 @@ def compare(path: Path, rows: tuple[int, ...], context: int, new: int, rounds: i
         lm.warmup()
         for n, plan in plans.items():
             step = next(step for step in plan.steps if step.rows == n and step.name.startswith("decode"))
-            drawn = new + n * context // lm._engine.executables.ladder.budget  # more while the last rows are read
+            drawn = new + reading(lm._engine.executables.ladder, n, context)
             measured = median(n / decode_rate(lm, n, context - drawn // 2, drawn) for _ in range(rounds))
             add(f"{step.name} of {context}, ms", 1e3 * step.seconds, 1e3 * measured)
         plan, tokens = plans[rows[0]], context - new // 2
@@ -108,7 +115,7 @@ def main() -> None:
     else:
         config = TINY if options.quick else LLAMA_8B if gpu else SMOLLM2
         rows, context, new, rounds = ((1, 2), 64, 16, 1) if options.quick else (
-            ((1, 8, 64, 256), 512, 96, 3) if gpu else ((1, 8, 32), 512, 32, 1))
+            ((1, 8, 64, 256), 512, 96, 3) if gpu else ((1, 8, 16), 512, 32, 1))
         ways = ({"dtype": "bfloat16", "memory": "70GiB"},) if gpu else CPU_WAYS
         with tempfile.TemporaryDirectory() as folder:
             path = write(Path(folder), config)
