@@ -18,7 +18,7 @@ from jaxinfer.events import observe
 from jaxinfer.frontend.files import File, Mapped
 from jaxinfer.frontend.safetensors import open_safetensors
 from jaxinfer.frontend.unread import aligned, cast_into
-from jaxinfer.frontend.weights import load_params
+from jaxinfer.frontend.weights import READERS, load_params
 from jaxinfer.graph import Graph, Leaf
 
 
@@ -184,16 +184,18 @@ def test_where_put_copies_nothing_is_mapped_and_reading_is_timed(tmp_path):
     spec = graph(**{f"w{i}": Leaf((5, 4), ("a", "b"), f"{i}.q + {i}.k") for i in range(40)},
                  half=Leaf((7, 4), ("a", "b"), "half"), turned=Leaf((6, 4), ("a", "b"), "turned", transpose=True),
                  whole=Leaf((16, 16), ("a", "b"), "whole"))
-    opened, read = open_safetensors(tmp_path / "model.safetensors"), []
+    opened, read, locked = open_safetensors(tmp_path / "model.safetensors"), [], []
 
     def put(leaf, x):
         array = x[...]
+        if locked and leaf.names[0] == "whole" and array.dtype == np.float32:
+            assert any(np.shares_memory(array, memory) for memory in locked)
         assert array.flags.writeable, "a mapped file's memory is not ours"
         return jnp.array(array)
 
     for dtype in ("float32", "bfloat16"):
         expected = load_params(spec, opened, dtype=dtype, source="here")
-        for again in (False, True):  # jnp.array has copied when it is ready
+        for again in (None, locked.append):  # jnp.array has copied when it is ready
             read.clear()
             params = load_params(spec, opened, dtype=dtype, source="here", put=put, copies=True, again=again,
                                  timed=lambda *what: read.append(what))
@@ -202,6 +204,7 @@ def test_where_put_copies_nothing_is_mapped_and_reading_is_timed(tmp_path):
             sizes = [sum(nbytes for what, _, _, nbytes in read if what == name)
                      for name in ("weights read", "weights transferred")]
             assert sizes == [np.dtype(dtype).itemsize * sum(x.size for x in tensors.values())] * 2
+    assert 1 <= len(locked) <= 2 * READERS and all(memory.nbytes == tensors["whole"].nbytes for memory in locked)
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):

@@ -26,7 +26,8 @@ from jaxinfer.graph import Encoder, Graph, Leaf, Params
 from jaxinfer.kernels.quantised import blank, format_of
 
 Timed = Callable[[str, float, float, int], None]
-READERS = 16  # threads: the H200's disk gives 2.2 GB/s to 8 or more, its page cache 33 to 39
+READERS = 8  # threads: an H200's disk gives 2.2 GB/s to 8 or more, its page cache 33 to 39
+LARGE = 1 << 28  # bytes: a weight of more comes first, since whoever reads it is at it longest
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,17 @@ class Weight:
 
 
 class Memory(threading.local):
-    """Memory of a thread's own, for one array at a time."""
+    """Memory of a thread's own, for one array at a time: `least` bytes, or those of a larger array. `lock` is called on
+    it, which may take long and keep others waiting, so that it should seldom be new."""
 
-    held = np.empty(0, np.uint8)
+    def __init__(self, least: int, lock: Callable[[np.ndarray], Any]):
+        self.held, self.least, self.lock = np.empty(0, np.uint8), least, lock
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         if self.held.nbytes < size:
-            self.held = aligned((size,), np.dtype(np.uint8))
+            self.held = aligned((max(size, self.least),), np.dtype(np.uint8))
+            self.lock(self.held)
         return self.held[:size].view(dtype).reshape(shape)
 
 
@@ -81,7 +85,7 @@ class Looked:
 def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype: Any, source: str,
                 put: Callable[[Leaf, Any], Any] = lambda _, x: jax.device_put(x[...]),
                 quantize: str | None = None, saved: Saved | None = None, timed: Timed = lambda *_: None,
-                copies: bool = False, again: bool = False) -> Params:
+                copies: bool = False, again: Callable[[np.ndarray], Any] | None = None) -> Params:
     """The params of `graph`, in the shape of its spec, from `tensors` by their names in the checkpoint, or by what we
     `saved` them under.
 
@@ -92,8 +96,9 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     when, and for how many bytes. With `quantize`, leaves for which its scheme names a format become `Quantised`, some
     rows at a time: such a weight is never held as floats.
 
-    With `copies`, `put` is known to copy (to a GPU, say): then sixteen threads read, and nothing of a file is mapped.
-    With `again`, it has done so when what it returns is ready: each thread then has memory that it uses again.
+    With `copies`, `put` is known to copy (to a GPU, say): then eight threads read, and nothing of a file is mapped.
+    With `again`, it has done so when what it returns is ready: each thread then has memory that it uses again, on
+    which `again` is called when it is new.
 
     Raises CheckpointMismatch that lists all missing, surplus and misshapen tensors, before anything is read; and for
     numbers that cannot be quantised, when they are. CorruptFile if a file changes or ends while it is read.
@@ -102,12 +107,13 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
     params: list[Any] = [None] * len(weights)
     sizes = [sum(tensors[name].nbytes for name in weight.names) for weight in weights]
     place = {name: i for i, name in enumerate(tensors)}  # a file's tensors come in its order
-    in_order = sorted(range(len(weights)), key=lambda i: place[weights[i].names[0]])
-    done, total, mine = 0, sum(sizes), Memory()
+    in_order = sorted(range(len(weights)), key=lambda i: (sizes[i] <= LARGE, place[weights[i].names[0]]))
+    mine = again and Memory(max((size for size in sizes if size <= LARGE), default=0), again)
+    done, total = 0, sum(sizes)
 
     def read(weight: Weight) -> Any:
-        alone = again and isinstance(weight.unread, Unread)
-        parts = jax.tree.map(lambda x: Looked(x, timed, mine if alone else None), weight.unread)
+        memory = mine if isinstance(weight.unread, Unread) else None
+        parts = jax.tree.map(lambda x: Looked(x, timed, memory), weight.unread)
         placed = jax.block_until_ready(jax.tree.map(partial(put, weight.leaf), parts))
         since = max(part.read_at for part in jax.tree.leaves(parts))
         timed("weights transferred", since, time.perf_counter(), sum(x.nbytes for x in jax.tree.leaves(placed)))

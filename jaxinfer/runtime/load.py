@@ -37,6 +37,7 @@ from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.followers import PARAMS, Follower, Leader, meet
 from jaxinfer.runtime.language import LanguageModel
 from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
+from jaxinfer.runtime.pinned import page_lock
 from jaxinfer.runtime.ring import Ring
 from jaxinfer.runtime.shapes import Streaming, shapes_of
 from jaxinfer.runtime.shards import Shard
@@ -164,7 +165,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             words = beside.submit(_timed_tokenizer, checkpoint, startup)
             params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
                                  put=put, saved=checkpoint.saved, timed=startup.note,
-                                 copies=not aliased or ring is not None, again=not aliased and ring is None)
+                                 copies=not aliased or ring is not None,
+                                 again=None if aliased or ring is not None else page_lock)
             tokenizer = words.result()
         if ring is not None:
             ring.start(params, params.pop("blocks"))
