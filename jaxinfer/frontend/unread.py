@@ -67,7 +67,7 @@ class Unread:
 
     def as_stored(self, new: Callable[..., np.ndarray] | None = None) -> np.ndarray | None:
         """The array, in `new` memory, if its bytes are the files' in their order: read at once, since pieces of 128 KiB
-        keep sixteen threads waiting for Python (16 GB from the page cache took 10 s)."""
+        keep threads waiting for Python (16 GB from the page cache took 10 s)."""
         if self.transpose or not all(isinstance(t, Mapped) and t.dtype == self.dtype for t in self.tensors):
             return None
         out, at = (new or aligned)(self.shape, self.dtype), 0
