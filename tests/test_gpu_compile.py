@@ -7,11 +7,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
+from bench import tune
 from jaxinfer.compiler import Key
 from jaxinfer.compiler.buckets import Bucket, decode, prompt
 from tests import tiny
-from tests.elsewhere import compiled, programs
+from tests.elsewhere import aimed, compiled, programs
 
 pytestmark = pytest.mark.gpu
 # Weights and pages that are much larger than what a step of a few tokens makes.
@@ -83,3 +85,18 @@ def test_no_step_copies_weights_or_pages(h100, how, kernels, buckets):
         smallest = min(x.size for x in weights + pages)
         assert not {text: size for text, size in made(program.as_text()).items() if size >= smallest}, bucket
     executables.close()
+
+
+@pytest.mark.parametrize("name", ["few_int8/1/16", "few_int4_gated/1/16", "routed_down/1/128"])
+def test_what_is_tuned_compiles_into_a_program_for_each_candidate(h100, name):
+    kernel = next(kernel for kernel in tune.kernels() if kernel.name == name)
+    call = kernel.calls[0]
+    here = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100))
+    args = jax.tree.map(here, jax.eval_shape(call.make))
+    texts = set()
+    for blocks in (kernel.default, kernel.candidates[0]):
+        with aimed(h100):
+            program = tune.compiled(name, blocks, call, args, h100.device_kind)
+        assert program, f"{blocks} do not fit"
+        texts.add(program.as_text())
+    assert len(texts) == 2, "the kernel does not ask for what is tried"

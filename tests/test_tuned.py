@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxinfer.kernels
+from bench.tune import kernels
 from jaxinfer.kernels import gated, tracing
 from jaxinfer.kernels.attention_gpu import Decode, Prefill
 from jaxinfer.kernels.matmul_gpu import Blocks
@@ -21,13 +22,28 @@ SHAPES = {"decode": Decode, "prefill": Prefill, "few": Blocks, "few_gated": Bloc
 
 @pytest.mark.parametrize("name", TABLE)
 def test_what_was_measured_is_of_a_kernel_as_it_is_now(name):
-    asked = "".join(path.read_text() for path in Path(jaxinfer.kernels.__file__).parent.glob("*_gpu.py"))
-    kernel, version, _ = name.split("/")
-    assert re.search(rf'f"{kernel}/{version}/{{', asked), f"no kernel asks for {kernel}/{version}: measure it again"
+    asked_for(name)
+    kernel = name.split("/")[0]
     for numbers in TABLE[name].values():
         assert len(numbers) == len(SHAPES[kernel]._fields) and all(type(n) is int for n in numbers)
         if SHAPES[kernel] is Blocks:
             assert numbers[0] <= 64, "larger blocks are not whole ones of all that `few` takes"
+
+
+def test_what_is_tuned_is_what_kernels_ask_for_in_the_shape_that_they_want():
+    tuned_by_us = list(kernels())
+    for name, default, candidates, calls in tuned_by_us:
+        shape = SHAPES[name.split("/")[0]]
+        assert isinstance(default, shape) and calls, name
+        assert {len(candidate) for candidate in candidates} == {len(shape._fields)}, name
+        asked_for(name)
+    assert set(TABLE) <= {kernel.name for kernel in tuned_by_us}
+
+
+def asked_for(name: str) -> None:
+    asked = "".join(path.read_text() for path in Path(jaxinfer.kernels.__file__).parent.glob("*_gpu.py"))
+    kernel, version, _ = name.split("/")
+    assert re.search(rf'f"{kernel}/{version}/{{', asked), f"no kernel asks for {kernel}/{version}: measure it again"
 
 
 def test_a_kind_of_device_has_its_own_numbers_and_every_other_the_default():

@@ -100,8 +100,9 @@ def _nbytes(dtype: Any, *shape: int) -> int:
     return math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _normal(shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> jax.Array:
-    return jax.jit(lambda key: (jax.random.normal(key, shape) * scale).astype(dtype))(jax.random.key(math.prod(shape)))
+    return (jax.random.normal(jax.random.key(math.prod(shape)), shape) * scale).astype(dtype)
 
 
 def weight(shape: tuple[int, ...], dtype: Any, format: Format | None = None) -> jax.Array | Quantised:
@@ -209,7 +210,8 @@ def routed(config: decoder.Config, dtype: str, T: int, E: int, A: int) -> Case:
         shared=(jnp.asarray(expert_TA), jnp.full((T, A), 1 / A)))
 
     def call(x_TD, weights, _state, routes):
-        return x_TD + kernels.routed_ffn(x_TD, *routes, weights["gate_up"], weights["down"], jax.nn.silu), ()
+        pair = weights["gate_up"], weights["down"]
+        return x_TD + kernels.routed_ffn(x_TD, *routes, *pair, activation=jax.nn.silu), ()
 
     moved = _nbytes(dtype, len(np.unique(expert_TA)), 3, F, D) + _nbytes("float32", T, 2 * D)
     return Case("routed_ffn", f"{_tokens(T)}, {A} of {E} experts", call, make, 6 * T * A * F * D, moved, dtype, 1)
