@@ -169,7 +169,8 @@ def experts_spec(config: Config) -> Params:
         "router": Leaf((E, D), ("expert", "embed"), "mlp.gate.weight", "block_sparse_moe.gate.weight", exact=True),
         "gate_up": Leaf((E, 2 * F, D), ("expert", "ffn", "embed"),
                         of_each("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-                        of_each("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight")),
+                        of_each("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+                        parts=(F, F)),
         "down": Leaf((E, D, F), ("expert", "embed", "ffn"),
                      of_each("mlp.experts.{}.down_proj.weight"), of_each("block_sparse_moe.experts.{}.w2.weight")),
     }
@@ -216,7 +217,8 @@ def experts(config: Config, params: Params, x_TD: jax.Array, run: Run) -> jax.Ar
     """The routed feed-forward layer: of many such layers a few, which the token's router chooses and weighs."""
     expert_TA, weight_TA = route(x_TD, params["router"], run.valid_T, count=config.experts_per_token,
                                  renormalise=config.renormalise)
-    return routed_ffn(x_TD, expert_TA, weight_TA, params["gate_up"], params["down"], ACTIVATIONS[config.activation])
+    return routed_ffn(x_TD, expert_TA, weight_TA, params["gate_up"], params["down"],
+                      activation=ACTIVATIONS[config.activation])
 
 
 def final(config: Config, params: Params, x_TD: jax.Array) -> jax.Array:

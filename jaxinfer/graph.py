@@ -24,9 +24,9 @@ class Leaf:
     `names` are alternatives, tried in order; "a + b" concatenates a and b along axis 0. A leaf of three axes may be
     joined of matrices: in the file its first two axes are then one. `transpose` swaps the two axes of a tensor that
     the file stores as `[in, out]`. A leaf with `exact=True` keeps float32 in every dtype (norms and biases: they are
-    tiny, and rounding them costs accuracy for nothing). `parts` are the sizes along axis 0 of what the leaf joins, if
-    whoever reads it takes them apart by `kernels.split`: several devices then share each part, not one of them having
-    the first.
+    tiny, and rounding them costs accuracy for nothing). `parts` are the sizes, along the axis of its outputs, of what
+    the leaf joins, if whoever reads it takes them apart by `kernels.split`: several devices then share each part, not
+    one of them having the first.
 
     >>> Leaf((96, 64), ("ffn", "embed"), "mlp.up_proj.weight").alternatives
     (('mlp.up_proj.weight',),)
@@ -44,10 +44,15 @@ class Leaf:
     def __init__(self, shape: Sequence[int], axes: Sequence[str | None], *names: str, transpose=False, exact=False,
                  parts: Sequence[int] = ()):
         assert len(shape) == len(axes) and names, (shape, axes, names)
-        assert not parts or sum(parts) == shape[0], (shape, parts)
+        assert not parts or sum(parts) == shape[max(0, len(shape) - 2)], (shape, parts)
         values = (tuple(shape), tuple(axes), names, transpose, exact, tuple(parts))
         for key, value in zip(("shape", "axes", "names", "transpose", "exact", "parts"), values, strict=True):
             object.__setattr__(self, key, value)
+
+    @property
+    def outputs(self) -> int:
+        """The axis of its outputs: of a matrix, or many of them, the last but one."""
+        return max(0, len(self.shape) - 2)
 
     @property
     def alternatives(self) -> tuple[tuple[str, ...], ...]:

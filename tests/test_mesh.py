@@ -38,6 +38,8 @@ from tests.running import all_free, eventually
 EIGHT = len(jax.devices()) >= 8
 eight = pytest.mark.skipif(not EIGHT, reason="runs inside test_on_eight_devices")
 GPT2 = {"model_type": "gpt2", "vocab_size": 96, "n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}
+EXPERTS = {key: tiny.ROUTED[key] for key in ("model_type", "architectures", "num_experts", "num_experts_per_tok",
+                                              "moe_intermediate_size")}
 WIDE = {**tiny.PLAIN, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": False}
 PROMPTS = ["The sky is blue because", "Once upon a time", "x", [(3 + 7 * i) % 320 for i in range(90)]]
 HOW = dict(max_tokens=12, ignore_eos=True)
@@ -77,11 +79,14 @@ def test_a_mesh_takes_devices_by_their_kind(tiny_path):
 
 
 @eight
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("config, quantize", [(tiny.PLAIN, None), (tiny.PLAIN, "int8"), (tiny.ROUTED, None)],
+                         ids=["plain", "int8", "with experts"])
 @pytest.mark.parametrize("form", ["as it was", *FORMATS])
 def test_every_device_s_piece_is_read_alone_and_the_weights_are_those_of_one_device(
-        tiny_path, tmp_path, monkeypatch, form, quantize):
-    source = tiny_path if form == "as it was" else convert(tiny_path, tmp_path / form, to=form, quantize=quantize)
+        tmp_path, monkeypatch, form, config, quantize):
+    source = tiny.write(tmp_path / "model", config)
+    if form != "as it was":
+        source = convert(source, tmp_path / form, to=form, quantize=quantize)
     checkpoint = open_checkpoint(source)
     graph, counts, read = architecture(checkpoint.config).graph(), [], File.read
 
@@ -148,7 +153,7 @@ def logits(graph, place: Placement, params) -> np.ndarray:
 
 
 @eight
-@pytest.mark.parametrize("config", [tiny.WINDOWED, GPT2], ids=["biased", "gpt2"])
+@pytest.mark.parametrize("config", [tiny.WINDOWED, GPT2, tiny.ROUTED], ids=["biased", "gpt2", "with experts"])
 def test_logits_are_those_of_one_device(config):
     graph = architecture(config, max_context=128).graph()
     params, one = random_params(graph), Placement(jax.devices()[0])
@@ -168,8 +173,9 @@ def collectives(found: Executables, key: Key) -> Counter:
 
 
 @eight
-def test_a_decode_step_has_two_sums_per_layer_and_gathers_neither_weights_nor_pages():
-    graph = architecture(WIDE, max_context=128).graph()
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["plain", "with experts"])
+def test_a_decode_step_has_two_sums_per_layer_and_gathers_neither_weights_nor_pages(experts):
+    graph = architecture({**WIDE, **experts}, max_context=128).graph()
     found = executables(graph, on(8, graph))
     sums = {f"all-reduce f32[4,{WIDE['hidden_size']}]": 2 * len(graph.blocks) + 1}  # and one for the embedding
     assert collectives(found, Key("forward", decode(4))) == sums
@@ -200,6 +206,19 @@ def test_the_tokens_are_those_of_one_device(tiny_path, alone, mesh):
         assert answers(lm) == alone[0]
         assert eventually(lambda: all_free(lm))
         jax.tree.map(np.testing.assert_array_equal, lm.params, alone[1])
+
+
+@eight
+@pytest.mark.parametrize("how", [{}, {"quantize": "int8"}], ids=["float32", "int8"])
+def test_so_are_they_where_experts_are_shared(tmp_path, how):
+    path = tiny.write(tmp_path, tiny.ROUTED)
+    with load(path, **how) as one, load(path, mesh={"model": 2}, **how) as lm:
+        assert answers(lm) == answers(one)
+        jax.tree.map(np.testing.assert_array_equal, lm.params, one.params)
+        layer = lm._stored["blocks"][1]
+        shares = [{shard.data.size * 2 == layer[name].size for shard in layer[name].addressable_shards}
+                  for name in ("gate_up", "down")]
+        assert shares == [{True}, {True}], "a device has more than its half of the experts"
 
 
 @eight

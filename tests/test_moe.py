@@ -28,7 +28,7 @@ SHAPES = [1, 40]  # tokens: one, more than a block
 def compiled(how: str, dtype: str):
     def step(*args):
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            return routed_ffn(*args, jax.nn.silu, how=how)
+            return routed_ffn(*args, activation=jax.nn.silu, how=how)
 
     return jax.jit(step)
 
@@ -134,7 +134,7 @@ def test_tiles_that_divide_nothing_hold_what_there_is(outputs, seed, data):
     draw = lambda *shape: (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
     expert, weight_TA = data.draw(routings(T)), rng.random((T, A)).astype(np.float32)
     args = draw(T, width), expert, weight_TA, draw(E, 2 * ffn, width), draw(E, width, ffn)
-    expected = moe.routed_ffn_reference(*map(jnp.asarray, args), ACTIVATIONS["gelu_tanh"])
+    expected = moe.routed_ffn_reference(*map(jnp.asarray, args), activation=ACTIVATIONS["gelu_tanh"])
     np.testing.assert_allclose(in_tiles(outputs)(*args), expected, atol=1e-5)
 
 
@@ -181,19 +181,11 @@ def test_what_the_kernels_for_gpus_take_becomes_triton(name):
     assert (trace.chosen["routed_ffn"], kernels) == (("chunks", 0) if name == "gelu" else ("triton", 3))
 
 
-@pytest.mark.parametrize(("platform", "own"), [("gpu", "triton"), ("tpu", "grouped")])
-def test_several_devices_take_what_xla_can_cut(platform, own):
-    args = (*(jnp.zeros((1, 1)) for _ in range(5)), jax.nn.silu)
-    for devices, way in ((1, own), (2, "chunks")):
-        with tracing(platform, mesh=AbstractMesh((devices,), ("model",))):
-            assert routed_ffn.choice(takes=lambda how: routed_ffn.takes(how, *args)) == way
-
-
 def test_tokens_are_all_asked_about_when_chunks_do_not_divide_them(monkeypatch):
     monkeypatch.setattr(moe, "CHUNK", 16)
     args = (*numbers(40, 0), *weights("float32"))
     expert = np.random.default_rng(0).integers(0, E - 1, (40, 1)) + np.arange(A)
-    found = moe.routed_ffn_chunks(args[0], expert, args[1], *map(jnp.asarray, args[2:]), jax.nn.silu)
+    found = moe.routed_ffn_chunks(args[0], expert, args[1], *map(jnp.asarray, args[2:]), activation=jax.nn.silu)
     np.testing.assert_allclose(found, plain(args[0], expert, *args[1:]), atol=1e-5)
 
 

@@ -151,7 +151,7 @@ def test_a_decoder_compiles_for_chips_that_share_it(libtpu, name):
     program, chosen = compiled(executables, Key("forward", mixed(8, 128)))
     memory, hlo = program.memory_analysis(), program.as_text()
     weights, state = planning.held(executables.params), planning.held(executables.state)  # of each chip
-    assert chosen["attend"] == "ragged" and chosen.get("routed_ffn", "chunks") == "chunks"
+    assert chosen["attend"] == "ragged" and chosen.get("routed_ffn", "grouped") == "grouped"
     assert executables.place.shards("heads") == executables.place.shards("vocab") == 2
     assert memory.alias_size_in_bytes == state and memory.temp_size_in_bytes < 2**22
     assert weights + state < memory.argument_size_in_bytes < 1.02 * (weights + state)

@@ -74,19 +74,22 @@ class Placement:
         sharding, order = self.of(leaf, x), self._order(leaf)
         if isinstance(x, jax.Array):
             x = jax.device_put(x, sharding)
-            return x if order is None else _reorder(x, order)
+            return x if order is None else _reorder(x, order, leaf.outputs)
         if self.mesh is None:
             return jax.device_put(x[...], sharding)
-        cut = (lambda index: x[index]) if order is None else (lambda index: x[order[index[0]], *index[1:]])
+
+        def cut(index):
+            return x[tuple(order[at] if order is not None and d == leaf.outputs else at for d, at in enumerate(index))]
+
         return jax.make_array_from_callback(x.shape, sharding, cut)
 
     def restore(self, leaf: Leaf, x: jax.Array) -> jax.Array:
         """What was `put`, in the order that the spec says; a copy where that is another one."""
         order = self._order(leaf)
-        return x if order is None else _reorder(x, np.argsort(order))
+        return x if order is None else _reorder(x, np.argsort(order), leaf.outputs)
 
     def _order(self, leaf: Leaf) -> np.ndarray | None:
-        shards = self.shards(leaf.axes[0]) if leaf.parts else 1
+        shards = self.shards(leaf.axes[leaf.outputs]) if leaf.parts else 1
         return interleaved(leaf.parts, shards) if shards > 1 else None
 
     def ordered(self, program: Callable) -> Callable:
@@ -131,8 +134,8 @@ def _sizes(graph: Graph, axis: str) -> Iterator[tuple[int, str]]:
     for leaf in jax.tree.leaves(graph.spec):
         for d, name in enumerate(leaf.axes):
             if name == axis:
-                sizes = leaf.parts if d == 0 and leaf.parts else (leaf.shape[d],)
-                yield from ((size, f"{'columns' if d else 'rows'} of {leaf.names[0]}") for size in sizes)
+                sizes = leaf.parts if d == leaf.outputs and leaf.parts else (leaf.shape[d],)
+                yield from ((size, f"{'columns' if d > leaf.outputs else 'rows'} of {leaf.names[0]}") for size in sizes)
 
 
 def interleaved(parts: Sequence[int], shards: int) -> np.ndarray:
@@ -146,13 +149,13 @@ def interleaved(parts: Sequence[int], shards: int) -> np.ndarray:
                            for s in range(shards) for start, size in zip(starts, parts, strict=True)])
 
 
-def _take(x: jax.Array, order: jax.Array) -> jax.Array:
-    return x[order]
+def _take(x: jax.Array, order: jax.Array, axis: int) -> jax.Array:
+    return jnp.take(x, order, axis)
 
 
-def _reorder(x: jax.Array, order: np.ndarray) -> jax.Array:
+def _reorder(x: jax.Array, order: np.ndarray, axis: int) -> jax.Array:
     with ORDER:
-        return jax.jit(_take, out_shardings=x.sharding)(x, order)
+        return jax.jit(_take, static_argnums=2, out_shardings=x.sharding)(x, order, axis)
 
 
 def over_leaves(act: Callable[[Leaf, Any], Any], spec: Any, params: Any) -> Any:

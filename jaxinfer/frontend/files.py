@@ -7,7 +7,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,6 +123,14 @@ class Mapped:
         self.file.read(self.name, ((self.offset + i * row + skipped, _bytes(part))
                                    for i, part in zip(range(start, stop), out, strict=True)))
         return out
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A tensor of three axes, if it is plain numbers, as one matrix: any rows and columns of its matrices can then be
+    read alone."""
+    if not isinstance(tensor, Mapped) or len(tensor.shape) != 3:
+        return tensor
+    return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
 
 
 def _bytes(array: np.ndarray) -> memoryview:

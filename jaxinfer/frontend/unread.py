@@ -20,7 +20,8 @@ CHUNK = 1 << 16  # numbers read and rounded at a time: their temporaries stay in
 @dataclass(frozen=True, eq=False)
 class Unread:
     """An array of `shape` and `dtype` that is read where it is cut: `x[...]` is all of it, `x[rows, columns]` a piece,
-    for which nothing else is read if the file's format allows that. Rows are a slice, or an array of their numbers.
+    for which nothing else is read if the file's format allows that. Rows are a slice, or an array of their numbers, and
+    so are columns of many matrices; where a tensor holds all of these, the columns are then read whole.
 
     Its `tensors` are transposed, concatenated along the first axis and cast. As `x[...]` a tensor that needs no change,
     and that lies at a multiple of 64 in a file so that the CPU's `device_put` takes it over, is handed out as it is
@@ -49,8 +50,10 @@ class Unread:
         if len(self.shape) == 3 and len(self.tensors[0].shape) == 2:  # of matrices: in the file these axes are one
             rows, deeper = (rows[:, None] * self.shape[1] + numbers[1]).ravel(), cuts[2:]
             flat = out.reshape(-1, out.shape[2])
-        for start, piece in self.pieces(rows, *deeper[:1]):
-            cast_into(flat[start : start + len(piece)], piece[(ALL, ALL, *deeper[1:])[: piece.ndim]])
+        asked = [cut for cut in deeper[:1] if isinstance(cut, slice)]
+        left = ALL, *(ALL for _ in asked), *deeper[len(asked):]
+        for start, piece in self.pieces(rows, *asked):
+            cast_into(flat[start : start + len(piece)], piece[left])
         return out
 
     @property

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import Progress, emit
-from jaxinfer.frontend.files import Tensor
+from jaxinfer.frontend.files import Tensor, as_matrix
 from jaxinfer.frontend.saved import Saved, path_name
 from jaxinfer.frontend.unread import Rounded, Unread, aligned
 from jaxinfer.graph import Encoder, Graph, Leaf, Params
@@ -155,8 +155,8 @@ def _open(graph: Graph | Encoder, tensors: Mapping[str, Tensor], dtype: Any, sou
     for leaf, array in zip(leaves, wanted, strict=True):
         arrays, shape = jax.tree.flatten(array)
         mine = [next(names) for _ in arrays]
-        unread = [Unread(one.leaf.shape, one.dtype, tuple(tensors[name] for name in each), one.leaf.transpose, copies)
-                  for one, each in zip(arrays, mine, strict=True)]
+        unread = [Unread(one.leaf.shape, one.dtype, tuple(as_matrix(tensors[name]) for name in each),
+                         one.leaf.transpose, copies) for one, each in zip(arrays, mine, strict=True)]
         format = format_of(leaf, quantize)
         if format is None or len(arrays) > 1:
             made = jax.tree.unflatten(shape, unread)

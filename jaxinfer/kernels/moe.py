@@ -2,7 +2,7 @@
 
 Axes: T tokens, A experts chosen for each, E experts, D model width, F an expert's width, O its gates and ups (2 F),
 P pairs of a token and one of its experts (T A), B rows of a block. No expert has a capacity: whatever the router
-chooses is computed.
+chooses is computed. Devices that share a model each have some of every expert's width, and a part of every answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.kernels.matmul import in_triton, matmul
-from jaxinfer.kernels.op import Op, devices
+from jaxinfer.kernels.op import Cut, Op
 
 CHUNK = 256  # tokens
 TILE = 512  # inputs and outputs of an expert that the TPU multiplies at a time
@@ -40,7 +40,7 @@ def _expert(x_TD: jax.Array, gate_up_OD: jax.Array, down_DF: jax.Array, activati
     return matmul(activation(gate_TF) * up_TF, down_DF)
 
 
-def routed_ffn_reference(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activation):
+def routed_ffn_reference(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, activation):
     """Asks every expert about every token, and keeps the answers of those chosen."""
     y_ETD = jax.vmap(lambda gate_up_OD, down_DF: _expert(x_TD, gate_up_OD, down_DF, activation))(gate_up_EOD, down_EDF)
     chosen_ETA = expert_TA[None] == jnp.arange(down_EDF.shape[0])[:, None, None]
@@ -48,17 +48,18 @@ def routed_ffn_reference(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, acti
     return jnp.where(chosen_ETA.any(-1, keepdims=True), y_ETD * weight_ET1, 0).sum(0)
 
 
-def routed_ffn_chunks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activation):
+def routed_ffn_chunks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, activation):
     """The reference, a chunk of tokens at a time: `CHUNK` tokens ask about as much arithmetic of a GPU as reading all
     weights asks of its memory, and no more than their answers are ever held.
 
-    It is for the calls that "triton" and "grouped" do not take, since XLA's partitioner can cut it. A prompt costs
-    E / A times the arithmetic that it needs: the walk over blocks would be hundreds of small kernels one after another,
-    gathered weights a copy of all experts, and XLA makes of `lax.ragged_dot` what this is, with A times the rows.
+    It is for the calls that "triton" does not take. A prompt costs E / A times the arithmetic that it needs: the walk
+    over blocks would be hundreds of small kernels one after another, gathered weights a copy of all experts, and XLA
+    makes of `lax.ragged_dot` what this is, with A times the rows.
     """
     chunks = (slice(t, t + CHUNK) for t in range(0, len(x_TD), CHUNK))
     return jnp.concatenate([
-        routed_ffn_reference(x_TD[chunk], expert_TA[chunk], weight_TA[chunk], gate_up_EOD, down_EDF, activation)
+        routed_ffn_reference(x_TD[chunk], expert_TA[chunk], weight_TA[chunk], gate_up_EOD, down_EDF,
+                             activation=activation)
         for chunk in chunks])
 
 
@@ -76,7 +77,7 @@ def block_rows(tokens: int, pairs: int, experts: int) -> int:
     return min(tokens, max(8, min(128, 1 << (mean - 1).bit_length())))
 
 
-def routed_ffn_blocks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activation):
+def routed_ffn_blocks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, activation):
     """Walks over blocks of B tokens that chose one expert, as many as there are: an expert that nobody chose is not
     read, and no more than one expert's weights are ever copied. (XLA's CPU backend copies a slice: a third of the time
     of a block of 8 in float32, a sixth in bfloat16. Up to JAX 0.10 it converts a bfloat16 stack whole.)
@@ -102,7 +103,7 @@ def routed_ffn_blocks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activat
     return lax.fori_loop(0, ends_E[-1], ask, jnp.zeros_like(x_TD, jnp.float32))
 
 
-def routed_ffn_grouped(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activation):
+def routed_ffn_grouped(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, activation):
     """JAX's grouped matmul for TPUs (megablox): tiles of tokens by expert, which read the weights of experts chosen.
     XLA's own `lax.ragged_dot` multiplies every row with every expert there (E times the FLOPs for a v5e)."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # Pallas takes a while to import
@@ -122,9 +123,9 @@ def routed_ffn_grouped(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activa
     return jnp.where((expert_TA < E)[..., None], y_TAD * weight_TA[..., None], 0).sum(1)
 
 
-def takes_triton(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activation) -> bool:
-    """On one device, with an activation that Pallas has in Triton."""
-    return devices() == 1 and in_triton(activation)
+def takes_triton(*_, activation, **__) -> bool:
+    """With an activation that Pallas has in Triton."""
+    return in_triton(activation)
 
 
 def routed_ffn_triton(*args, **options):
@@ -133,7 +134,13 @@ def routed_ffn_triton(*args, **options):
     return moe_gpu.routed_ffn_triton(*args, **options)
 
 
+def cut_ffn(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF) -> Cut:
+    """An expert's answer is a sum over its width: each device makes its part of every answer, by the way that is best
+    on one."""
+    return Cut(((), (), (), (None, "ffn"), (None, None, "ffn")), ((),), summed="ffn")
+
+
 routed_ffn = Op("routed_ffn", reference=routed_ffn_reference,
                 fast={"blocks": (("cpu",), routed_ffn_blocks), "triton": (("gpu",), routed_ffn_triton, takes_triton),
-                      "grouped": (("tpu",), routed_ffn_grouped, lambda *_, **__: devices() == 1),
-                      "chunks": (("gpu", "tpu"), routed_ffn_chunks)})
+                      "grouped": (("tpu",), routed_ffn_grouped), "chunks": (("gpu", "tpu"), routed_ffn_chunks)},
+                cut=cut_ffn)

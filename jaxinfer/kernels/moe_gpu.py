@@ -76,7 +76,7 @@ class Blocks(NamedTuple):
     end_N: jax.Array
 
 
-def routed_ffn_triton(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, activation, *, tiling: Tiling | None = None):
+def routed_ffn_triton(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, activation, tiling: Tiling | None = None):
     """Reads the experts that somebody chose, once for each of their blocks, and no other. What a matmul is given is
     rounded to the weights' dtype, and so is each expert's answer; sums are in float32.
 

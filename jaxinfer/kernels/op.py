@@ -64,11 +64,12 @@ def tracing(platform: str, forced: Mapping[str, str] | None = None, mesh: Mesh |
 
 class Cut(NamedTuple):
     """The logical axes of an op's positional arguments and of its results, one tuple for all arrays of a pytree; and
-    of arrays that are given by name."""
+    of arrays that are given by name. Along the axis `summed` every device has a part of each result's sum."""
 
     inputs: tuple[Axes, ...]
     results: tuple[Axes, ...]
     named: Mapping[str, Axes] = {}
+    summed: str | None = None
 
 
 def shards(axis: str) -> int:
@@ -103,8 +104,8 @@ class Op:
 
     `fast` maps an implementation's name to (platforms, function), or to (platforms, function, takes) if it is not for
     every call: `takes` gets the call's arguments, and says whether this one is. `cut` is for an op whose results along
-    a logical axis depend on nothing but its arguments there: it gets the positional ones, and says which axes they all
-    have.
+    a logical axis depend on nothing but its arguments there, or are sums over it: it gets the positional ones, and says
+    which axes they all have.
     """
 
     name: str
@@ -157,7 +158,11 @@ class Op:
         specs = [*map(now.spec, cut.inputs)], {name: now.spec(cut.named[name]) for name in named}
         results = [now.spec(axes) for axes in cut.results]
         out = tuple(results) if len(results) > 1 else results[0]
-        run = lambda args, named: self._run(how, kwargs | named, *args)
+
+        def run(args, named):
+            piece = self._run(how, kwargs | named, *args)
+            return jax.lax.psum(piece, now.axes[cut.summed]) if cut.summed in now.axes else piece
+
         return jax.shard_map(run, mesh=now.mesh, in_specs=specs, out_specs=out, check_vma=False)([*args], named)
 
     def _run(self, how: str | None, kwargs: dict[str, Any], *args: Any) -> Any:
