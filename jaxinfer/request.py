@@ -312,8 +312,7 @@ class Logprob(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a streamed answer: text that is final, and the tokens it came with, of sample `index`.
 
     `finish_reason` says how that sample ended, with its last piece; the last piece of all carries the Output.

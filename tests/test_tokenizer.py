@@ -85,6 +85,7 @@ BACKENDS = {
     "metaspace": metaspace(),
     "word piece": word_piece(),
 }
+TOKENIZERS = {kind: Tokenizer(backend) for kind, backend in BACKENDS.items()}
 ROUND_TRIPS = ["byte level", "sentencepiece", "sentencepiece without prefix"]
 
 
@@ -116,7 +117,8 @@ def test_decoding_is_that_of_the_library_unless_a_run_of_byte_tokens_is_broken(k
     backend = BACKENDS[kind]
     bytes_apart = [i for i in range(backend.get_vocab_size()) if not (backend.id_to_token(i) or "").startswith("<0x")]
     ids = data.draw(st.lists(st.sampled_from(bytes_apart), max_size=24))
-    assert Tokenizer(backend).decode(ids, skip_special=skip) == backend.decode(ids, skip_special_tokens=skip)
+    told = TOKENIZERS[kind].decode(ids, skip_special=skip)  # by one that remembers what others' tokens said
+    assert told == backend.decode(ids, skip_special_tokens=skip)
 
 
 @pytest.mark.parametrize("kind", ROUND_TRIPS)

@@ -101,6 +101,7 @@ class Detokenizer:
         added = backend.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
+        self.texts: dict[int, str] = {}  # of tokens that leave no character open, where none was
 
     def spell(self, token: int, first: bool) -> bytes:
         """The bytes of one token; none for an id beyond the vocabulary (embeddings padded to a round size)."""
@@ -132,6 +133,7 @@ class TextStream:
     def __init__(self, detokenizer: Detokenizer, skip_special: bool = True):
         self._detokenizer, self._skip_special = detokenizer, skip_special
         self._first, self._held = True, []
+        self._texts: dict[int, str] = {}  # the detokenizer's, while no character is open and nothing is to be cut
         spelling = detokenizer.spelling
         if spelling is not None:
             self._cut = spelling.cut
@@ -139,14 +141,24 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that has become final with this token: "" while a character is incomplete."""
+        text = self._texts.get(token)
+        return self._spell(token) if text is None else text
+
+    def _spell(self, token: int) -> str:
+        """The same, of a token whose text is not known, or depends on those before it."""
         if self._skip_special and token in self._detokenizer.special:
             return ""
         if self._detokenizer.spelling is None:
             self._held.append(token)
             return ""
+        known, closed = self._detokenizer.texts, self._texts is self._detokenizer.texts
         spelt = self._detokenizer.spell(token, self._first)
         self._first = self._first and self._detokenizer.backend.id_to_token(token) is None
-        return self._trimmed(self._decoder.decode(spelt))
+        text = self._trimmed(self._decoder.decode(spelt))
+        self._texts = {} if self._first or self._cut or self._decoder.getstate()[0] else known
+        if closed and self._texts is known and token not in self._detokenizer.special:
+            known[token] = text
+        return text
 
     def finish(self) -> str:
         """What is left: the bytes of an incomplete character become U+FFFD. The stream is over."""

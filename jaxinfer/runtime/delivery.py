@@ -32,7 +32,7 @@ class Sample:
     shown: list[str] = field(default_factory=list)
     held: str = ""
     tokens: list[int] = field(default_factory=list)
-    fresh: int = 0  # tokens that no piece has carried yet
+    told: int = 0  # tokens that pieces have carried
     logprobs: list[Logprob] = field(default_factory=list)
     first_at: float | None = None
     output: Output | None = None
@@ -43,6 +43,9 @@ class Sample:
         if not sampling.stop:
             return text, False
         self.held += text
+        if not any(stop[0] in self.held for stop in sampling.stop):
+            show, self.held = self.held, ""
+            return show, False
         stops = sampling.stop if len(self.tokens) > sampling.min_tokens else ()
         found = min(((at + len(stop), at) for stop in stops if (at := self.held.find(stop)) >= 0), default=None)
         if found is not None:  # the first to be complete, so that it does not matter how tokens cut the text
@@ -254,7 +257,6 @@ class Delivery:
             sample.first_at = sample.first_at or at
             self.first = self.first or (ticket.submitted, at)
             sample.tokens.append(token)
-            sample.fresh += 1
             most = sample.sequence.sampling.logprobs
             if most is not None:
                 sample.logprobs.append(_logprob(told[0], told[1], token, most))
@@ -269,7 +271,8 @@ class Delivery:
     def _show(self, ticket: Ticket, sample: Sample, text: str, reason: FinishReason | None) -> None:
         if not text and reason is None:
             return
-        text, sample.echo = sample.echo + text, ""
+        if sample.echo:
+            text, sample.echo = sample.echo + text, ""
         sample.shown.append(text)
         output = None
         if reason is not None:
@@ -279,10 +282,11 @@ class Delivery:
                 assert output is not None
                 if len(ticket.samples) > 1:
                     output = replace(output, samples=tuple(s.output for s in ticket.samples))  # type: ignore[misc]
-        fresh = slice(len(sample.tokens) - sample.fresh, None)
-        logprobs = tuple(sample.logprobs[fresh]) if sample.logprobs else None
-        piece = Piece(text, tuple(sample.tokens[fresh]), output, sample.index, reason, logprobs)
-        sample.fresh = 0
+        tokens, logprobs = tuple(sample.tokens[sample.told:]), None
+        if sample.logprobs:
+            logprobs = tuple(sample.logprobs[sample.told:])
+        sample.told += len(tokens)
+        piece = Piece(text, tokens, output, sample.index, reason, logprobs)
         if output is not None and not ticket.answer.settle():
             return  # cancelled just now
         ticket.answer.show(piece)
