@@ -108,7 +108,8 @@ def multiply(T: int, shape: tuple[int, int], is_gated: bool, format: Format | No
 def routed(shape: Shape, T: int, times: int = 4) -> Call:
     """One layer's experts again and again, of which no cache holds many."""
     make = lambda: ask(shape, T, weights(shape, 1), times)[0]
-    return Call(lambda *layers: chain(routed_ffn, *layers, None), make, times)
+    act = lambda x_TD, routings, pairs: chain(routed_ffn, x_TD, routings, pairs, None)
+    return Call(act, make, times)
 
 
 def kernels() -> Iterator[Kernel]:

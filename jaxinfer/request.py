@@ -312,7 +312,8 @@ class Logprob(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """A part of a streamed answer: text that is final, and the tokens it came with, of sample `index`.
 
     `finish_reason` says how that sample ended, with its last piece; the last piece of all carries the Output.

@@ -244,7 +244,7 @@ def test_an_answer_ends_once_however_its_two_sides_race(acts):
             if end is None:
                 end = act
                 assert not answer.cancel() and answer.settle()
-                answer.deliver(PIECE._replace(output=OUTPUT)) if act == "last" else answer.fail(KeyError("x"))
+                answer.deliver(replace(PIECE, output=OUTPUT)) if act == "last" else answer.fail(KeyError("x"))
     assert answer.done() == (end is not None) and answer.cancelled() == (end == "cancel") == bool(abandoned)
     if end:
         seen = []

@@ -158,10 +158,11 @@ class Op:
         specs = [*map(now.spec, cut.inputs)], {name: now.spec(cut.named[name]) for name in named}
         results = [now.spec(axes) for axes in cut.results]
         out = tuple(results) if len(results) > 1 else results[0]
+        over = now.axes.get(cut.summed) if cut.summed else None
 
         def run(args, named):
             piece = self._run(how, kwargs | named, *args)
-            return jax.lax.psum(piece, now.axes[cut.summed]) if cut.summed in now.axes else piece
+            return jax.lax.psum(piece, over) if over else piece
 
         return jax.shard_map(run, mesh=now.mesh, in_specs=specs, out_specs=out, check_vma=False)([*args], named)
 
