@@ -47,7 +47,8 @@ def asked_for(name: str) -> None:
 
 
 def test_a_kind_of_device_has_its_own_numbers_and_every_other_the_default():
-    name, (kind, numbers) = next((name, *kinds.items()) for name, kinds in TABLE.items() if name.startswith("decode"))
+    name, kinds = next(of for of in TABLE.items() if of[0].startswith("decode"))
+    kind, numbers = next(iter(kinds.items()))
     with tracing("gpu", kind=kind):
         assert tuned(name, Decode()) == Decode(*numbers)
         with trying({name: (8, 1, 1)}):

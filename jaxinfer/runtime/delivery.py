@@ -231,7 +231,7 @@ class Delivery:
     def _guard(self, id: int, act: Callable[..., None], *args: Any) -> None:
         """A tokenizer or a callback that fails harms its own request only."""
         found = self._tickets.get(id)
-        if found is None:
+        if found is None or found[0].answer.cancelled():  # what was drawn before the engine hears of it is for nobody
             return
         try:
             act(*found, *args)
