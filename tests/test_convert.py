@@ -16,7 +16,7 @@ import jaxinfer as ji
 from jaxinfer.errors import CheckpointMismatch, CorruptFile, InvalidOption, ModelNotFound
 from jaxinfer.frontend.aligned import PADDING
 from jaxinfer.frontend.checkpoint import open_checkpoint
-from jaxinfer.frontend.folder import FORMATS, save_folder
+from jaxinfer.frontend.folder import save_folder
 from jaxinfer.frontend.gguf_tokenizer import from_gguf
 from jaxinfer.frontend.saved import Saved, by_name
 from jaxinfer.frontend.tokenizer import from_directory
@@ -77,13 +77,24 @@ def test_between_any_two_of_our_formats_nothing_changes(tiny_path, tmp_path, qua
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("config", [tiny.PLAIN, tiny.ROUTED, tiny.GPT2], ids=["plain", "with experts", "gpt2"])
+def test_through_our_formats_and_back_the_tensors_are_those_of_the_source(tmp_path, config):
+    """transformers itself loads them in tests/parity/test_huggingface.py."""
+    source = tiny.write(tmp_path / "source", config)
+    between = convert(source, tmp_path / "between", to="orbax")
+    found = load_file(convert(between, tmp_path / "theirs", to="huggingface") / "model.safetensors")
+    wanted = load_file(source / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
 @pytest.fixture(scope="module")
 def asked(tiny_path):
     with ji.load(tiny_path, quantize="int8", **HOW) as lm:
         return answer(lm)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", ["safetensors", "orbax"])
 def test_what_is_saved_is_loaded_by_itself_with_the_same_tokens(tiny_path, tmp_path, asked, to):
     source = shutil.copytree(tiny_path, tmp_path / "source")
     with ji.load(source, quantize="int8", **HOW) as lm:
@@ -108,6 +119,8 @@ def test_quantised_weights_are_not_quantised_in_another_way(tiny_path, tmp_path)
                 lambda: convert(converted, tmp_path / "new", quantize="fp8")):
         with pytest.raises(InvalidOption, match="were saved in int8, and what that rounded away is gone"):
             ask()
+    with pytest.raises(InvalidOption, match="'huggingface', which holds floats, and the weights are in int8"):
+        convert(converted, tmp_path / "new", to="huggingface")
 
 
 def test_saved_arrays_that_are_not_the_graph_s_are_named(tiny_path, tmp_path):
@@ -189,6 +202,7 @@ def test_smollm2_s_tokenizer_is_the_same_out_of_a_folder(smollm2_path, tmp_path)
     (lambda source, to: convert(source, to, to="pickle"), InvalidOption, "'pickle'; it must be one of safetensors"),
     (lambda source, to: convert(source, source), InvalidOption, "is there already; give another name"),
     (lambda source, to: convert(source, to, dtype="float16"), InvalidOption, "dtype is 'float16'"),
+    (lambda source, to: convert(source, to, to="huggingface", quantize="int8"), InvalidOption, "holds floats"),
     (lambda source, to: verify(source), InvalidOption, "has no checksums"),
 ])
 def test_what_cannot_be_done_is_refused_and_leaves_nothing(tiny_path, tmp_path, ask, error, message):
@@ -203,10 +217,12 @@ def test_a_source_that_breaks_off_leaves_nothing(tiny_path, tmp_path):
     params = open_params(graph, checkpoint.tensors, dtype="float32", source="here")
     (tmp_path / "source" / "model.safetensors").touch()
     with pytest.raises(CorruptFile, match=r"model\.safetensors: has changed since it was opened.*tensor 'model\."):
-        save_folder(tmp_path / "new", params, checkpoint=checkpoint, tokenizer=None, saved=Saved("float32"))
+        save_folder(tmp_path / "new", params, spec=graph.spec, checkpoint=checkpoint, tokenizer=None,
+                    saved=Saved("float32"))
     shutil.rmtree(tmp_path / "source")
     with pytest.raises(ModelNotFound, match="is gone, and with it the config"):
-        save_folder(tmp_path / "new", params, checkpoint=checkpoint, tokenizer=None, saved=Saved("float32"))
+        save_folder(tmp_path / "new", params, spec=graph.spec, checkpoint=checkpoint, tokenizer=None,
+                    saved=Saved("float32"))
     assert not list(tmp_path.iterdir())
 
 

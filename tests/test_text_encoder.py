@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers, processors
 import jaxinfer as ji
 from jaxinfer import events
 from jaxinfer.compiler.encoders import encoder_ladder
-from jaxinfer.errors import InvalidOption, InvalidRequest
+from jaxinfer.errors import Closed, InvalidOption, InvalidRequest
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Leaf
 from jaxinfer.runtime.memory import held
@@ -31,10 +31,10 @@ CONFIG = {"model_type": "bert", "architectures": ["BertForSequenceClassification
 WORDS = [f"w{i}" for i in range(34)]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
+def write(folder):
     """A tiny random BERT with a classification head and a tokenizer of whole words."""
-    folder, rng, tensors = tmp_path_factory.mktemp("bert"), np.random.default_rng(0), {}
+    folder.mkdir(exist_ok=True)
+    rng, tensors = np.random.default_rng(0), {}
     leaves = jax.tree.leaves(architecture(CONFIG).graph().spec, is_leaf=lambda x: isinstance(x, Leaf))
     for leaf in leaves:
         names = leaf.alternatives[0]
@@ -49,6 +49,11 @@ def path(tmp_path_factory):
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +196,20 @@ def test_quantised_it_says_nearly_the_same_in_fewer_bytes(encoder, path):
         before = small.embed(texts)
         small.swap(encoder.params)
         np.testing.assert_array_equal(small.embed(texts), before)
+
+
+def test_an_encoder_that_was_saved_says_the_same(encoder, path, tmp_path):
+    with ji.load(path, quantize="int8") as small:
+        expected = small.embed("w1 w2")
+        small.save(tmp_path / "small")
+    with pytest.raises(Closed):
+        small.save(tmp_path / "closed")
+    with ji.load(tmp_path / "small") as again:
+        np.testing.assert_array_equal(again.embed("w1 w2"), expected)
+        assert again.graph.labels == encoder.graph.labels
+    encoder.save(tmp_path / "theirs", format="huggingface")
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (path, tmp_path / "theirs"))
+    assert found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_what_is_no_text_is_refused(encoder, path):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,16 @@ BLOCK = 1 << 24  # bytes written at a time
 def write_aligned(path: Path, arrays: Mapping[str, Any], saved: Saved, what: str) -> None:
     """Write arrays, read or unread, one after another, some rows of an unread one at a time. `saved` and the SHA-256
     of each go into the metadata. Emits Progress("save", what, bytes, bytes). Raises OSError."""
-    header, total = _layout(arrays)
+    told = lambda sums: {KEY: json.dumps(replace(saved, sha256=sums).told())}
+    write(path, arrays, told, what, ALIGNMENT)
+
+
+def write(path: Path, arrays: Mapping[str, Any], told: Callable[[Mapping[str, str]], Mapping[str, str]], what: str,
+          alignment: int = 1) -> None:
+    """The same, at multiples of `alignment`. `told` makes the metadata of the arrays' checksums, always as long."""
+    header, total = _layout(arrays, alignment)
     sums = dict.fromkeys(arrays, "0" * 64)
-    room = len(_packed(header, replace(saved, sha256=sums)))
+    room = len(_packed(header, told(sums)))
     with path.open("xb") as file:
         file.seek(room)
         done = 0
@@ -53,7 +60,7 @@ def write_aligned(path: Path, arrays: Mapping[str, Any], saved: Saved, what: str
                 emit(Progress("save", what, done, total))
             sums[name] = digest.hexdigest()
         file.seek(0)
-        file.write(_packed(header, replace(saved, sha256=sums)))
+        file.write(_packed(header, told(sums)))
 
 
 def read_saved(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
@@ -82,12 +89,12 @@ def verify(tensors: Mapping[str, Tensor], saved: Saved, source: str) -> None:
                           f" {', '.join(wrong[:8])}")
 
 
-def _layout(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+def _layout(arrays: Mapping[str, Any], alignment: int) -> tuple[dict[str, Any], int]:
     """The header's entries in the order of the data, and the bytes of the arrays."""
     header: dict[str, Any] = {}
     end = total = 0
     for name, array in arrays.items():
-        if gap := -end % ALIGNMENT:
+        if gap := -end % alignment:
             header[f"{PADDING}{len(header)}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
         start, size = end + gap, math.prod(array.shape) * array.dtype.itemsize
         end, total = start + size, total + size
@@ -96,8 +103,8 @@ def _layout(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     return header, total
 
 
-def _packed(header: Mapping[str, Any], saved: Saved) -> bytes:
-    text = json.dumps({"__metadata__": {KEY: json.dumps(saved.told())}, **header}).encode()
+def _packed(header: Mapping[str, Any], told: Mapping[str, str]) -> bytes:
+    text = json.dumps({"__metadata__": told, **header}).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 

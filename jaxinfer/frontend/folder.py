@@ -11,34 +11,41 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+import jax
 
 from jaxinfer.errors import InvalidOption, JaxinferError, ModelNotFound, SaveFailed
-from jaxinfer.frontend.aligned import write_aligned
+from jaxinfer.frontend.aligned import write, write_aligned
 from jaxinfer.frontend.checkpoint import Checkpoint
+from jaxinfer.frontend.files import read_json
+from jaxinfer.frontend.huggingface import named
 from jaxinfer.frontend.orbax import write_orbax
 from jaxinfer.frontend.safetensors import SINGLE
 from jaxinfer.frontend.saved import Saved, by_name
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.frontend.wheel import DISK_FULL
 
-FORMATS = ("safetensors", "orbax")
+Format = Literal["safetensors", "orbax", "huggingface"]
+FORMATS = get_args(Format)
 # What may lie beside a model's weights: configs, tokenizers, chat templates, and a sentence pipeline's modules.
 BESIDE = ("*.json", "*.jinja", "*.model", "additional_chat_templates/*.jinja", "[0-9]_*/*.json")
 INDEX = "*.index.json"  # of weights in several files
 
 
-def save_folder(path: str | os.PathLike, params: Any, *, checkpoint: Checkpoint, tokenizer: Tokenizer | None,
-                saved: Saved, format: str = "safetensors") -> Path:
-    """Write a model into a new folder at `path`, which `load` takes: `params` in an aligned safetensors file, where
-    they may be unread, or in an Orbax checkpoint; and what lies beside the weights of `checkpoint`, or of a GGUF file
-    its config and `tokenizer`.
+def save_folder(path: str | os.PathLike, params: Any, *, spec: Any, checkpoint: Checkpoint,
+                tokenizer: Tokenizer | None, saved: Saved, format: str = "safetensors") -> Path:
+    """Write a model into a new folder at `path`, which `load` takes: `params`, in the shape of `spec`, in an aligned
+    safetensors file, where they may be unread, in an Orbax checkpoint, or in the tensors that they were made of, as
+    transformers knows them ("huggingface"); and what lies beside the weights of `checkpoint`, or of a GGUF file its
+    config and `tokenizer`.
 
-    Raises InvalidOption for an unknown format or if there is something at `path`, SaveFailed where it cannot be
-    written; then nothing is there.
+    Raises InvalidOption for an unknown format, if there is something at `path` or if quantised weights are to be
+    transformers', SaveFailed where it cannot be written; then nothing is there.
     """
-    path, arrays = new_folder(path, format), by_name(params)
-    with _whole(path, sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())) as folder:
+    path = new_folder(path, format, saved.quantize)
+    needed = sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(params))
+    with _whole(path, needed) as folder:
         if checkpoint.directory is not None:
             _copy_beside(checkpoint.directory, folder)
         else:
@@ -46,19 +53,33 @@ def save_folder(path: str | os.PathLike, params: Any, *, checkpoint: Checkpoint,
             _describe(checkpoint, tokenizer, folder)
         if format == "orbax":
             write_orbax(folder / format, params, saved)
+        elif format == "huggingface":
+            _say_dtype(folder / "config.json", saved.dtype)
+            tensors = named(spec, params, checkpoint.config.get("model_type"))
+            write(folder / SINGLE, tensors, lambda _: {"format": "pt"}, path.name)
         else:
-            write_aligned(folder / SINGLE, arrays, saved, path.name)
+            write_aligned(folder / SINGLE, by_name(params), saved, path.name)
     return path
 
 
-def new_folder(path: str | os.PathLike, format: str) -> Path:
+def new_folder(path: str | os.PathLike, format: str, quantize: str | None) -> Path:
     """The path, if a model can be saved there in this format. Raises InvalidOption."""
     if format not in FORMATS:
         raise InvalidOption(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+    if format == "huggingface" and quantize is not None:
+        raise InvalidOption(f"format is {format!r}, which holds floats, and the weights are in {quantize}; leave "
+                            "quantize out, or convert the original")
     path = Path(path).expanduser()
     if path.exists():
         raise InvalidOption(f"{path} is there already; give another name, or remove it")
     return path
+
+
+def _say_dtype(file: Path, dtype: str) -> None:
+    """Have config.json name the dtype that the matrices are written in: transformers loads them in it."""
+    if file.is_file():
+        config = read_json(file)
+        file.write_text(json.dumps({**config, "dtype" if "dtype" in config else "torch_dtype": dtype}, indent=1))
 
 
 def _copy_beside(source: Path, folder: Path) -> None:

@@ -20,16 +20,19 @@ from jaxinfer.runtime import origin
 
 def convert(source: str | os.PathLike, destination: str | os.PathLike, *, to: str = "safetensors",
             dtype: str | None = None, quantize: str | None = None, graph: Any = None) -> Path:
-    """Write the model at `source` (whatever `load` takes, but for ONNX files) into a new folder at `destination`, as
-    the engine holds its weights, so that `load` has nothing to do to them. Loaded, either gives the same bits.
+    """Write the model at `source` (whatever `load` takes, but for ONNX files) into a new folder at `destination`.
+    Loaded, either gives the same bits.
 
     `to`: "safetensors", one file that is written a piece of a weight at a time, and that a CPU reads where it is
-    mapped; "orbax", a checkpoint for which the weights are held in memory once. `dtype`, `quantize` and `graph` are
-    what `load` would take. Raises what `load` raises, InvalidOption if there is something at `destination`, and
-    SaveFailed if the disk is full; then nothing is there.
+    mapped; "orbax", a checkpoint for which the weights are held in memory once. Both have the weights as the engine
+    holds them, so that `load` has nothing to do to them. "huggingface" has the tensors that transformers knows, not
+    quantised. `dtype`, `quantize` and `graph` are what `load` would take.
+
+    Raises what `load` raises, InvalidOption if there is something at `destination`, and SaveFailed if the disk is full;
+    then nothing is there.
     """
     origin.check_numbers(dtype, quantize)
-    new_folder(destination, to)
+    new_folder(destination, to, quantize)
     checkpoint = open_checkpoint(resolve(source))
     quantize, number = origin.scheme_of(checkpoint, quantize), origin.dtype_of(checkpoint, dtype)
     _, model = origin.model_of(checkpoint, graph, None)
@@ -40,7 +43,7 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, *, to: st
     else:
         params = open_params(model, checkpoint.tensors, **how)
     tokenizer = None if checkpoint.gguf is None else origin.tokenizer_of(checkpoint)
-    return save_folder(destination, params, checkpoint=checkpoint, tokenizer=tokenizer,
+    return save_folder(destination, params, spec=model.spec, checkpoint=checkpoint, tokenizer=tokenizer,
                        saved=Saved(str(number), quantize), format=to)
 
 

@@ -5,15 +5,18 @@ Axes: T tokens, R rows, D width, C classes.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxinfer.compiler.encoders import EncoderBucket, Encoders
-from jaxinfer.errors import InvalidRequest
+from jaxinfer.errors import Closed, InvalidRequest
+from jaxinfer.frontend.folder import Format
 from jaxinfer.frontend.sentence import Pipeline
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Encoder, Run
@@ -113,8 +116,9 @@ class TextEncoder(Served):
     _work: FlatWork
 
     def __init__(self, graph: Encoder, programs: Encoders, params: Any, tokenizer: Tokenizer, pipeline: Pipeline,
-                 ladder: dict[int, tuple[EncoderBucket, ...]], *, config: Any, max_delay: float, max_waiting: int,
-                 name: str):
+                 ladder: dict[int, tuple[EncoderBucket, ...]], *, config: Any, save: Callable[..., Path],
+                 max_delay: float, max_waiting: int, name: str):
+        self._save = save
         self.graph, self.tokenizer, self.pipeline, self.config = graph, tokenizer, pipeline, config
         self.max_length = max(ladder)
         work = FlatWork(programs, ladder, Version(1, params))
@@ -138,6 +142,13 @@ class TextEncoder(Served):
             raise InvalidRequest(f"{self.name} {has}; classify is for models that classify texts")
         found = self._many([((text,), {}) for text in _texts(texts)], options)
         return [_probabilities(one.logits, self.graph) for one in found]
+
+    def save(self, path: str | os.PathLike, format: Format = "safetensors") -> Path:
+        """Write the encoder into a new folder, which `jaxinfer.load` takes, as `LanguageModel.save` does: config,
+        tokenizer, pipeline, and the weights of this version as they are held."""
+        if (params := self.params) is None:
+            raise Closed()
+        return self._save(path, params, format=format)
 
     def warmup(self) -> None:
         """Compile every Executable now, so that no request waits for a compile afterwards."""

@@ -24,6 +24,7 @@ from jaxinfer.compiler import Ledger
 from jaxinfer.compiler.placement import Placement, over_leaves
 from jaxinfer.errors import Closed, Expired, InvalidOption, InvalidRequest, Rejected, RequestFailed
 from jaxinfer.frontend.constraint import compile_grammar
+from jaxinfer.frontend.folder import Format
 from jaxinfer.frontend.tokenizer import Tokenizer
 from jaxinfer.graph import Graph
 from jaxinfer.request import CONSTRAINTS, REQUEST_OPTIONS, Output, Piece, Prompt, Request, Sampling, Score, Sequence
@@ -257,12 +258,13 @@ class LanguageModel(Living):
                 shard.engine.swap(shard.engine.weights[self.version], True, version)
             self._numbers = numbers
 
-    def save(self, path: str | os.PathLike, format: Literal["safetensors", "orbax"] = "safetensors") -> Path:
+    def save(self, path: str | os.PathLike, format: Format = "safetensors") -> Path:
         """Write the model into a new folder, which `jaxinfer.load` takes: config, tokenizer, and the weights of this
         version as they are held, quantised or not, to the bit.
 
-        "safetensors" is one file that a CPU reads where it is mapped; "orbax" a checkpoint for whoever trains on.
-        Raises InvalidOption if there is something at `path`, SaveFailed if the disk is full; then nothing is there.
+        "safetensors" is one file that a CPU reads where it is mapped; "orbax" a checkpoint for whoever trains on;
+        "huggingface" the tensors that transformers knows, not quantised. Raises InvalidOption if there is something at
+        `path`, SaveFailed if the disk is full; then nothing is there.
         """
         return self._save(path, self.params, format=format)
 

@@ -80,8 +80,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     the others stream through a ring of two or three in every step, from the host's memory or, where `host_memory` is
     too small for them, from a file that is written while the model is loaded. `host_memory` is by default half of what
     is free; on a CPU, whose memory is the device's, nothing. KV pages take up to a quarter of `device_memory`. Such a
-    model can do all that others can but have its weights swapped, or run on a mesh; `lm.tiers` and `lm.timeline` tell
-    what lies where, and what happened when.
+    model can do all that others can but have its weights swapped or saved, or run on a mesh; `lm.tiers` and
+    `lm.timeline` tell what lies where, and what happened when.
     `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a `jax.Device`; by default JAX's
     first.
     `quantize`: matrices are held in fewer bits, rounded while they are read; position tables, classifiers, norms and
@@ -191,7 +191,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
                                 max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
             shards.append(Shard(undo.enter_context(closing(engine)), delivery))
         undo.pop_all()
-    save = partial(save_folder, checkpoint=checkpoint, tokenizer=tokenizer, saved=Saved(str(number), quantize))
+    save = partial(save_folder, spec=model.spec, checkpoint=checkpoint, tokenizer=tokenizer,
+                   saved=Saved(str(number), quantize))
     return LanguageModel(model, tokenizer, shards, config=config, eos=eos, save=save, max_context=context,
                          startup=startup, ring=ring)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from jaxinfer.compiler.encoders import Encoders, encoder_ladder
 from jaxinfer.compiler.functions import Functions, LeafLike
 from jaxinfer.errors import InvalidOption, UnsupportedModel
 from jaxinfer.frontend.checkpoint import Checkpoint
+from jaxinfer.frontend.folder import save_folder
+from jaxinfer.frontend.saved import Saved
 from jaxinfer.frontend.sentence import read_pipeline
 from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Encoder
@@ -39,8 +42,11 @@ def load_encoder(checkpoint: Checkpoint, config: Any, model: Encoder, tokenizer:
     try:
         params = load_params(model, checkpoint.tensors, dtype=dtype, quantize=quantize, source=checkpoint.source,
                              put=lambda _, x: jax.device_put(x[...], device), saved=checkpoint.saved)
+        save = partial(save_folder, spec=model.spec, checkpoint=checkpoint, tokenizer=tokenizer,
+                       saved=Saved(str(dtype), quantize))
         return TextEncoder(model, programs, params, tokenizer, pipeline, encoder_ladder(longest), config=config,
-                           max_delay=MAX_DELAY, max_waiting=max_waiting, name=Path(checkpoint.source).name)
+                           save=save, max_delay=MAX_DELAY, max_waiting=max_waiting,
+                           name=Path(checkpoint.source).name)
     except BaseException:
         programs.close()
         raise
