@@ -103,12 +103,14 @@ def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
 @dataclass(frozen=True)
 class Needs:
     """Bytes that a model takes on each device: its `weights`, a step's `temporaries`, and those of a page of each
-    state group (`page`), of which one full context needs so many (`pages`)."""
+    state group (`page`), of which one full context needs so many (`pages`). `told` says where the temporaries are
+    from."""
 
     weights: int
     temporaries: int
     page: dict[str, int]
     pages: dict[str, int]
+    told: str = "an upper estimate"
 
     @property
     def row(self) -> int:
@@ -146,9 +148,9 @@ def page_groups(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, ch
                          kv_cache_dtype=kv_cache_dtype, place=place)
     if need.least > budget:
         raise OutOfMemory(
-            f"{graph.name} needs {mib(need.weights)} for weights, {mib(need.temporaries)} for temporaries and "
-            f"{mib(need.row)} for the pages of one context of {max_context} tokens: {mib(need.least)}, but {why} is "
-            f"{mib(budget)}; nothing was loaded. It would fit with "
+            f"{graph.name} needs {mib(need.weights)} for weights, {mib(need.temporaries)} for temporaries "
+            f"({need.told}) and {mib(need.row)} for the pages of one context of {max_context} tokens: "
+            f"{mib(need.least)}, but {why} is {mib(budget)}; nothing was loaded. It would fit with "
             + "; or with ".join([f"memory='{need.least / 2**20 + 1:.0f}MiB'", *fits()]))
     rows = min(max_rows, (budget - need.weights - need.temporaries) / need.row)
     if most is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from jaxinfer import kernels as ops
-from jaxinfer.compiler import Ladder, default_ladder, invariant_ladder
+from jaxinfer.compiler import Executables, Key, Ladder, default_ladder, invariant_ladder
 from jaxinfer.compiler.placement import Placement
 from jaxinfer.graph import Graph
 from jaxinfer.runtime import memory as planning
@@ -39,8 +41,11 @@ class Shapes(NamedTuple):
 
 def shapes_of(model: Graph, places: Sequence[Placement], dtype: Any, *, max_context: int, max_rows: int,
               quantize: str | None, kv_cache_dtype: str | None, batch_invariant: bool, memory: int | str | None,
-              forced: Mapping[str, str], stream: Streaming | None = None) -> Shapes:
-    """The ladder, and as many pages as there is memory for. Raises InvalidOption, OutOfMemory."""
+              forced: Mapping[str, str], stream: Streaming | None = None,
+              programs: Callable[..., Executables] = Executables) -> Shapes:
+    """The ladder, and as many pages as there is memory for. The arithmetic of `planning.needs` says how many, so that
+    they are as many on every machine; where its estimate of temporaries is all that stands in the way, the compiler is
+    asked, about `programs`. Raises InvalidOption, OutOfMemory."""
     budget, platform = None if memory is None else planning.parse_bytes(memory), places[0].device.platform
     with ops.tracing(platform, forced):
         chunks = ops.chunks(platform)
@@ -50,6 +55,12 @@ def shapes_of(model: Graph, places: Sequence[Placement], dtype: Any, *, max_cont
                                      max_context=max_context, chunk=ladder.chunk, place=places[0])
         need, aliased = planning.needs(model, **sizes), platform == "cpu"
         params = planning.abstract_params(model, dtype, quantize)
+
+        def given(groups: tuple[PageGroup, ...]) -> dict[str, Any]:
+            return dict(params=params, state=planning.abstract_state(model, groups, dtype, kv_cache_dtype),
+                        max_rows=max_rows, max_context=max_context, forced=forced,
+                        table_width={group.name: -(-max_context // group.page_size) for group in groups})
+
         if stream and need.least > stream.device:
             host = stream.host or (0 if aliased else int(SHARE * planning.host_memory()))
             tiers, groups = plan_tiers(model, params, need, max_rows=max_rows, tokens=ladder.budget,
@@ -61,12 +72,23 @@ def shapes_of(model: Graph, places: Sequence[Placement], dtype: Any, *, max_cont
                 budget = steady(int(SHARE * planning.free(places)))
                 why = f"{SHARE:.0%} of the memory that is free on {places[0].device}"
                 most = CPU_PAGES // planning.sharing(places) if aliased else None
+            if need.weights + need.row <= budget < need.least and places[0].is_local:
+                asked = programs(model, ladder, device=places[0], **given(need.groups(model, 1)))
+                need = replace(need, temporaries=_temporaries(asked), told="as the compiler says")
             groups = planning.page_groups(model, **sizes, budget=budget, why=why, most=most, need=need,
                                           fits=partial(would_fit, model, sizes, budget, ladders))
-        state = planning.abstract_state(model, groups, dtype, kv_cache_dtype)
-    given = dict(params=params, state=state, max_rows=max_rows, max_context=max_context, forced=forced,
-                 table_width={group.name: -(-max_context // group.page_size) for group in groups})
-    return Shapes(ladder, chunks, groups, given, tiers)
+        return Shapes(ladder, chunks, groups, given(groups), tiers)
+
+
+def _temporaries(programs: Executables) -> int:
+    """Those of a model's widest steps and draws, compiled."""
+    with closing(programs):
+        steps = [bucket for bucket in programs.ladder.buckets if bucket.steps == 1]
+        widest = {max(steps, key=lambda bucket: bucket.tokens), max(steps, key=lambda bucket: bucket.rows)}
+        draws = max(bucket.rows for bucket in steps)
+        programs.compile_all(*(Key("forward", bucket) for bucket in widest), Key("score", programs.ladder.prompts[-1]),
+                             Key("edited", draws))
+        return max(entry.bytes for entry in programs.ledger)
 
 
 def steady(count: int) -> int:
