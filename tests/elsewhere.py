@@ -1,14 +1,12 @@
 """Steps of a model for a device that is not here: from abstract shapes, lowered and compiled."""
 
-from contextlib import AbstractContextManager
-
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, use_abstract_mesh
+from jax.sharding import Mesh
 
 from jaxinfer import kernels
 from jaxinfer.compiler import Executables, Key, default_ladder
+from jaxinfer.compiler.hardware import compiling_for
 from jaxinfer.compiler.placement import Placement, spread
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.kernels.quantised import FORCED
@@ -34,13 +32,6 @@ def compiled(executables: Executables, key: Key):
     """The program, and the implementations that it took."""
     place = executables.place
     here = place.mesh, place.axes, place.device.device_kind
-    with kernels.tracing(executables.platform, executables.forced, *here) as traced, aimed(place.device, place.mesh):
+    tracing = kernels.tracing(executables.platform, executables.forced, *here)
+    with tracing as traced, compiling_for(place.device, place.mesh):
         return executables.lower(key).compile(), traced.chosen
-
-
-def aimed(device: jax.Device, mesh: Mesh | None = None) -> AbstractContextManager:
-    """Where Pallas asks what it lowers for: the mesh."""
-    if device.platform == "tpu":
-        return jax.set_mesh(mesh or Mesh(np.array([device]), ("x",)))
-    kind = AbstractDevice(device.device_kind, None, platform="cuda")
-    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kind))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jaxinfer.compiler.fingerprint import LARGEST_ARRAY, Unknown, digest_of, fingerprint, package_source
 
@@ -172,7 +173,7 @@ DIFFERENT = [
     (np.zeros(3), np.zeros((3, 1)), np.zeros(3, "f4"), np.array([0, 0, 1.0]), np.float64(0)),
     (jax.ShapeDtypeStruct((2,), "f4"), jax.ShapeDtypeStruct((2, 1), "f4"), jax.ShapeDtypeStruct((2,), "f2"),
      jax.ShapeDtypeStruct((2,), "f4", weak_type=True),
-     jax.ShapeDtypeStruct((2,), "f4", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))),
+     jax.ShapeDtypeStruct((2,), "f4", sharding=SingleDeviceSharding(jax.devices()[0]))),
     (jax.nn.silu, jax.nn.relu, jax.nn.gelu, partial(jax.nn.gelu, approximate=True), jnp.sum, jnp.add, np.add, np.sum),
     (disguised, disguised_otherwise, jnp.sum), (sys.exit, os.listdir, len, print, os, sys),
     (jax.tree.structure((1, 2)), jax.tree.structure([1, 2])),
@@ -215,3 +216,13 @@ def test_our_source_is_code_and_tuning_data_wherever_it_lies(tmp_path):
         seen.add(digest_of(tmp_path))
     (tmp_path / "notes.txt").write_text("no code")
     assert digest_of(tmp_path) in seen and package_source() not in seen
+
+
+def test_a_devices_own_memory_is_the_same_where_it_has_no_name(monkeypatch):
+    """A device that is not here names none: what is compiled for it ahead must be found by the one that is."""
+    device = jax.devices()[0]
+    here = fingerprint(SingleDeviceSharding(device))
+    others = {memory.kind for memory in device.addressable_memories()} - {device.default_memory().kind}
+    assert others and here not in {fingerprint(SingleDeviceSharding(device, memory_kind=kind)) for kind in others}
+    monkeypatch.setattr(SingleDeviceSharding, "memory_kind", None)
+    assert fingerprint(SingleDeviceSharding(device)) == here

@@ -218,9 +218,7 @@ def test_every_field_of_traffic_counts():
 @pytest.mark.parametrize("topology, mesh", [("v5e:2x2", None), ("v5p:2x2x1", {"model": 1})])
 def test_a_tpu_slice_that_is_not_here_is_planned_by_its_compiler(topology, mesh):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'jaxinfer[tpu]'")
-    cached = jax.config.jax_enable_compilation_cache
     found = ji.plan(PLAIN, topology=topology, mesh=mesh, max_rows=1, max_context=512, traffic=SHORT, price=1.0)
-    assert jax.config.jax_enable_compilation_cache == cached
     assert found.devices == (4 if topology == "v5e:2x2" else 1) and found.fits and "libtpu" in str(found)
     assert ("heads replicated: 2 key-value heads" in found.placement) == (topology == "v5e:2x2")
     assert 0 < found.temporaries < 2**24

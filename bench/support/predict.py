@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from bench.support.ops import Case
 from jaxinfer import kernels
+from jaxinfer.compiler.hardware import compiling_for
 
 NOT_COUNTED = ("tpu_custom_call", " while(")  # Pallas kernels count as nothing, the body of a loop once
 
@@ -17,7 +17,7 @@ NOT_COUNTED = ("tpu_custom_call", " while(")  # Pallas kernels count as nothing,
 def seconds(case: Case, device: jax.Device) -> tuple[float | None, str]:
     """Of one call (None: not all of it is counted), and the implementation that it takes."""
     where = SingleDeviceSharding(device)
-    with kernels.tracing("tpu") as traced, jax.set_mesh(Mesh(np.array([device]), ("x",))):
+    with kernels.tracing("tpu") as traced, compiling_for(device, None):
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
                                 jax.eval_shape(case.make))
         x, own, state, shared = abstract

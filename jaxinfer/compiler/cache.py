@@ -6,20 +6,26 @@ from __future__ import annotations
 import hashlib
 import platform
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jax
 
 from jaxinfer.home import cache_dir
 
-try:
-    from jax._src.config import persistent_cache_min_compile_time_secs as _least_seconds
-except ImportError:  # then JAX keeps a second copy of what we store
-    _least_seconds = nullcontext
+_thread = threading.local()
 
-_found = threading.local()
+try:
+    from jax._src import cache_key
+    from jax._src.config import persistent_cache_min_compile_time_secs as _least_seconds
+
+    def _keyed(before: Callable[[], str] = cache_key.custom_hook) -> str:
+        return before() + "apart" * getattr(_thread, "apart", False)
+
+    cache_key.custom_hook = _keyed  # JAX hashes what it returns into its keys
+except (ImportError, AttributeError):  # then JAX keeps a second copy of what we store, and what it has is not stored
+    _least_seconds = nullcontext
 
 
 def cpu_features() -> str:
@@ -39,25 +45,30 @@ def enable() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def unwritten(yes: bool) -> AbstractContextManager[object]:
-    """What this thread compiles inside the `with` block is not put into JAX's cache."""
-    return _least_seconds(float("inf")) if yes else nullcontext()
+@contextmanager
+def apart() -> Iterator[None]:
+    """What this thread compiles inside the `with` block is neither taken from JAX's cache nor put there: XLA for CPUs
+    writes a program that it has read without the functions that it calls."""
+    before, _thread.apart = getattr(_thread, "apart", False), True
+    try:
+        with _least_seconds(float("inf")):
+            yield
+    finally:
+        _thread.apart = before
 
 
 @contextmanager
 def watch() -> Iterator[list[bool]]:
     """Collects one True for each program that this thread takes from the cache inside the `with` block."""
-    if not hasattr(_found, "hits"):
-        _found.hits = None
-    before, _found.hits = _found.hits, []
+    before, _thread.hits = getattr(_thread, "hits", None), []
     try:
-        yield _found.hits
+        yield _thread.hits
     finally:
-        _found.hits = before
+        _thread.hits = before
 
 
 def _listen(event: str, **_) -> None:
-    hits = getattr(_found, "hits", None)
+    hits = getattr(_thread, "hits", None)
     if event == "/jax/compilation_cache/cache_hits" and hits is not None:
         hits.append(True)
 

@@ -110,9 +110,9 @@ class _Walk:
         elif isinstance(value, jax.ShapeDtypeStruct):
             yield from (repr((value.shape, value.dtype.name, value.weak_type)), self(value.sharding))
         elif isinstance(value, SingleDeviceSharding):
-            yield from (*self._device(next(iter(value.device_set))), str(value.memory_kind))
+            yield from (*self._device(next(iter(value.device_set))), _memory(value))
         elif isinstance(value, NamedSharding):
-            yield from (self(value.mesh), repr(value.spec), str(value.memory_kind))
+            yield from (self(value.mesh), repr(value.spec), _memory(value))
         elif isinstance(value, Mesh):
             yield from (repr(value.axis_names), repr(value.axis_types), repr(value.devices.shape))
             yield from (part for device in value.devices.flat for part in self._device(device))
@@ -209,6 +209,12 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
+
+
+def _memory(sharding: SingleDeviceSharding | NamedSharding) -> str:
+    """The kind of memory, unless it is the device's own: of that, a device that is not here knows no name."""
+    kind = sharding.memory_kind
+    return "" if kind is None or kind == next(iter(sharding.device_set)).default_memory().kind else kind
 
 
 def _telling(text: str) -> str:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, use_abstract_mesh
 
+from jaxinfer.compiler.cache import apart
 from jaxinfer.errors import InvalidOption
 
 
@@ -100,17 +101,6 @@ def described(name: str) -> Hardware | None:
     return next((device for device in HARDWARE.values() if name in (device.name, device.kind)), None)
 
 
-@contextmanager
-def absent() -> Iterator[None]:
-    """While something is compiled for a device that is not here: JAX's cache on disk would look for its client."""
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
-
-
 def tpu_topology(name: str) -> list[jax.Device]:
     """The devices of a TPU slice that is not here, "v5e:2x2" for instance, as libtpu describes them.
 
@@ -161,13 +151,12 @@ def cuda_device(hardware: Hardware) -> jax.Device | None:
 
 @contextmanager
 def compiling_for(device: jax.Device, mesh: Mesh | None) -> Iterator[None]:
-    """Kernels ask the mesh in which they are traced what device they are for."""
+    """Kernels ask the mesh in which they are traced what device they are for. JAX's cache has no part in it: it would
+    look for a client of such a device."""
     if device.platform == "gpu":
-        from jax.sharding import AbstractDevice, use_abstract_mesh
-
-        with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(
-                device.device_kind, CORES, platform="cuda"))):
-            yield
+        kind = AbstractDevice(device.device_kind, CORES, platform="cuda")
+        meant = use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kind))
     else:
-        with jax.set_mesh(mesh or Mesh(np.array([device]), ("x",))):
-            yield
+        meant = jax.set_mesh(mesh or Mesh(np.array([device]), ("x",)))
+    with meant, apart():
+        yield

@@ -19,7 +19,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxinfer.compiler.hardware import (
     HARDWARE,
     Hardware,
-    absent,
     compiling_for,
     cuda_device,
     described,
@@ -90,8 +89,9 @@ class Plan:
 
     Bytes are those of each device: `weights`, `pages` (what `load` would make), the largest `temporaries`, and what is
     left `free` of the `budget`. `rows` are the full contexts that have pages at once. `batches` are (context, the most
-    rows of it), `contexts` are (rows, the longest context of each). `fits` is what `load` would say, and `suggestions`
-    are options with which it would fit. `sources` say where each number comes from.
+    rows of it), `contexts` are (rows, the longest context of each). `fits` is what `load` would say by its upper
+    estimate of temporaries, and `suggestions` are options with which it would fit. `sources` say where each number
+    comes from.
     """
 
     model: str
@@ -252,8 +252,7 @@ def plan(model: Any, *, topology: str | None = None, device: str | jax.Device | 
         rows = _rows(planner, traffic, target.shards)
         ends = dict.fromkeys((planner.decoding(1), planner.decoding(rows), planner.decoding(max_rows),
                               planner.reading(min(traffic.prompt_tokens, planner.ladder.chunk))))
-        with target.around():
-            planner.compile(ends)
+        planner.compile(ends)
         served = _serve(planner, traffic, rows, target, price)
     middle = min(context, traffic.prompt_tokens + traffic.answer_tokens // 2)
     chunk = min(traffic.prompt_tokens, planner.ladder.chunk)
@@ -310,8 +309,7 @@ def _read(model: Any, max_context: int | None, dtype: str | None) -> Source:
 
 class Target(NamedTuple):
     """Where it is planned: one of `shards` lies at `place`, of `devices` in all. `budget` and `most` are bytes.
-    `within` is what the compiler must be told (None: it is not asked), `around` what holds meanwhile; `asked` says so
-    in words."""
+    `within` is what the compiler must be told (None: it is not asked); `asked` says so in words."""
 
     hardware: Hardware
     place: Placement
@@ -320,7 +318,6 @@ class Target(NamedTuple):
     budget: int
     most: int | None
     within: Callable[[], AbstractContextManager] | None
-    around: Callable[[], AbstractContextManager]
     asked: str
 
     @property
@@ -347,7 +344,7 @@ def _on_topology(topology: str, mesh: Any, graph: Graph, compile: bool) -> Targe
     hardware = HARDWARE[topology.partition(":")[0]]
     within = partial(compiling_for, place.device, place.mesh)
     return Target(hardware, place, data, data * model, int(OF_ABSENT * hardware.memory), None,
-                  within if compile else None, absent, "its compiler (libtpu)")
+                  within if compile else None, "its compiler (libtpu)")
 
 
 def _on_absent(hardware: Hardware, mesh: Any, graph: Graph, compile: bool) -> Target:
@@ -359,7 +356,7 @@ def _on_absent(hardware: Hardware, mesh: Any, graph: Graph, compile: bool) -> Ta
     else:
         place = Placement(gpu or find_device(None))
     within = partial(compiling_for, gpu, None) if gpu else None
-    return Target(hardware, place, data, data * model, int(OF_ABSENT * hardware.memory), None, within, absent,
+    return Target(hardware, place, data, data * model, int(OF_ABSENT * hardware.memory), None, within,
                   "its compiler (XLA, by description)")
 
 
@@ -372,7 +369,7 @@ def _on_present(device: Any, mesh: Any, graph: Graph, forced: Mapping[str, str],
     most = CPU_PAGES // planning.sharing(places) if first.platform == "cpu" else None
     count = sum(len(place.devices) for place in places)
     return Target(hardware, places[0], len(places), count, steady(int(SHARE * free)), most,
-                  nullcontext if compile else None, nullcontext, "its compiler (XLA)")
+                  nullcontext if compile else None, "its compiler (XLA)")
 
 
 def _place(graph: Graph, devices: list[jax.Device], model: int) -> Placement:
