@@ -4,6 +4,7 @@ Only a command that needs a model or its programs imports JAX."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -188,7 +189,9 @@ def pull(model: Model) -> None:
 @app.command("compile")
 def compile_ahead(
     model: Model,
-    topology: Annotated[str | None, _option("For a TPU that is not here, such as v5e:1x1; says --memory.")] = None,
+    topology: Annotated[str | None, _option("For a TPU that is not here, such as v5e:1x1; needs --memory.")] = None,
+    machine: Annotated[str | None, _option("For a GPU that is not here: what `jaxinfer cache machine` printed where it "
+                                           "is; needs --memory.")] = None,
     dtype: DType = None,
     quantize: Quantize = None,
     kv_cache_dtype: KvCacheDtype = None,
@@ -199,14 +202,15 @@ def compile_ahead(
 ) -> None:
     """Compile all programs of MODEL, and store them: loading it with the same options then compiles nothing.
 
-    For a TPU that is not here its runtime must be the libtpu that is installed here, with the same Python and JAX.
+    For a TPU that is not here its runtime must be the libtpu that is installed here, with the same Python and JAX. For
+    a GPU, XLA's CUDA plugin must be installed here.
     """
     from jaxinfer.runtime.ahead import compile_ahead
 
     options = _given(dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context,
                      max_rows=max_rows, memory=memory, device=device)
     with shown():
-        ledger = compile_ahead(model, topology, **options)
+        ledger = compile_ahead(model, topology, machine, **options)
     typer.echo(ledger)
 
 
@@ -228,6 +232,15 @@ def cache_list() -> None:
                      f"{note.get('seconds', 0):.1f} s", item.name[:12]))
     _echo_table(rows)
     typer.echo(f"{len(rows) - 1} programs in {store.folder}")
+
+
+@cache.command()
+def machine(device: Device = None) -> None:
+    """Print what programs depend on here beside themselves, for `jaxinfer compile --machine` elsewhere."""
+    from jaxinfer.compiler.stored import describe
+    from jaxinfer.runtime.devices import find_device
+
+    typer.echo(json.dumps(describe(find_device(device)), indent=1))
 
 
 @cache.command()
@@ -260,11 +273,12 @@ def convert(
     model: Model,
     destination: Annotated[str, typer.Argument(help="A folder that is not there yet.", show_default=False)],
     to: Annotated[str | None, _option("safetensors (the default): one file, which a CPU reads where it is mapped; "
-                                      "orbax: a checkpoint.")] = None,
+                                      "orbax: a checkpoint; huggingface: what transformers loads.")] = None,
     dtype: DType = None,
     quantize: Quantize = None,
 ) -> None:
-    """Write MODEL into the folder DESTINATION: config, tokenizer, and the weights as the engine holds them."""
+    """Write MODEL into the folder DESTINATION: config, tokenizer, and the weights as the engine, or transformers, holds
+    them."""
     from jaxinfer.runtime.convert import convert
 
     with shown():

@@ -1,19 +1,21 @@
 """Steps compile for a GPU that is not there, and copy nothing large: XLA's CUDA plugin, the description of an H100, and
 abstract shapes. Nothing is autotuned then, but what is fused, aliased and kept in memory is what a GPU would run."""
 
+import json
 import re
 from math import prod
-from pathlib import Path
 
 import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
 from bench import tune
-from jaxinfer.compiler import Key
+from jaxinfer.compiler import Executables, Key, stored
 from jaxinfer.compiler.buckets import Bucket, decode, prompt
+from jaxinfer.compiler.hardware import HARDWARE, compiling_for, cuda_device
+from jaxinfer.runtime.ahead import _for_device, _gpu_of
 from tests import tiny
-from tests.elsewhere import aimed, compiled, programs
+from tests.elsewhere import compiled, programs
 
 pytestmark = pytest.mark.gpu
 # Weights and pages that are much larger than what a step of a few tokens makes.
@@ -29,13 +31,7 @@ SAME = "parameter", "bitcast", "get-tuple-element"  # of an array that there is
 @pytest.fixture(scope="module")
 def h100():
     pytest.importorskip("jax_plugins.xla_cuda13", reason="XLA's CUDA plugin is not there: make test-gpu brings it")
-    from jax.experimental import topologies
-
-    jax.config.update("jax_enable_compilation_cache", False)  # it would look for a client of this platform
-    described = Path(__file__).with_name("h100.txtpb").read_text()
-    yield topologies.get_topology_desc(platform="cuda", topology_name="1x1x1", topology="1x1x1",
-                                       target_config=described).devices[0]
-    jax.config.update("jax_enable_compilation_cache", True)
+    return cuda_device(HARDWARE["h100"])
 
 
 def made(hlo: str) -> dict[str, int]:
@@ -95,8 +91,28 @@ def test_what_is_tuned_compiles_into_a_program_for_each_candidate(h100, name):
     args = jax.tree.map(here, jax.eval_shape(call.make))
     texts = set()
     for blocks in (kernel.default, kernel.candidates[0]):
-        with aimed(h100):
+        with compiling_for(h100, None):
             program = tune.compiled(name, blocks, call, args, h100.device_kind)
         assert program, f"{blocks} do not fit"
         texts.add(program.as_text())
     assert len(texts) == 2, "the kernel does not ask for what is tried"
+
+
+def test_a_program_is_stored_under_the_name_that_the_gpu_will_ask_for(h100, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXINFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAXINFER_CACHE_GB", "1")
+    theirs = "cuda 13000", "9.0", "580.1", ("nvidia-cublas 13",)
+    told = stored.describe(jax.devices("cpu")[0]) | {"kind": h100.device_kind, "machine": theirs}
+    (tmp_path / "h100.json").write_text(json.dumps(told))
+    device, machine = _gpu_of(tmp_path / "h100.json")
+    path = str(tiny.write(tmp_path / "tiny", tiny.PLAIN))
+    ahead = _for_device(path, device, machine, memory="1GiB", max_rows=8, max_context=128)
+    monkeypatch.setattr(stored, "machine_of", lambda device: theirs)
+    asking = Executables(ahead.graph, ahead.ladder, params=ahead.params, state=ahead.state, max_rows=8,
+                         max_context=128, table_width=ahead.table_width, device=h100)
+    keys = Key("copy"), Key("forward", ahead.ladder.holding(decode(8))[0])
+    ahead.compile_all(*keys)
+    ahead.close()
+    asking.close()
+    assert {asking._stored_as(key) for key in keys} == {item.name for item in stored.store().items()}
+    assert ahead.ledger[str(keys[1])].bytes and ahead.ledger[str(keys[1])].kernels["attend"] == "triton"

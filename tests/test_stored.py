@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from typer.testing import CliRunner
 
 import jaxinfer as ji
@@ -22,13 +23,15 @@ from jaxinfer.compiler import Bucket, Executables, Key, fingerprint, stored
 from jaxinfer.compiler.encoders import EncoderBucket, Encoders
 from jaxinfer.compiler.fingerprint import Unknown
 from jaxinfer.compiler.functions import FunctionKey, Functions, LeafLike
-from jaxinfer.errors import InvalidOption
+from jaxinfer.errors import CorruptFile, InvalidOption
 from jaxinfer.frontend.architectures import architecture
+from jaxinfer.runtime import ahead
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.ahead import compile_ahead
 from jaxinfer.scheduler import PageGroup
-from tests import tiny
+from tests import test_text_encoder, tiny
 from tests.running import eventually, seen_events
+from tests.test_tiers import THREE, tight
 
 CPU = jax.devices("cpu")[0]
 LOAD = dict(max_context=64, max_rows=2, batch_invariant=True)  # one bucket: little to compile
@@ -311,6 +314,47 @@ def test_a_loaded_program_takes_its_state_for_its_own(used, tiny_path):
         assert not any(page.is_deleted() for page in jax.tree.leaves((new, params)))
 
 
+EVERY_KIND = """
+import json, sys
+import jax, numpy as np
+import jaxinfer as ji
+from tests.test_stored import LOAD, twice
+
+plain, deep, bert, budget = sys.argv[1:]
+said = {}
+def note(name, model, answer):
+    said[name] = answer, sorted({entry.origin for entry in model.ledger if entry.hits})
+with ji.load(plain, mesh={"model": 2}, **LOAD) as lm:
+    note("mesh", lm, list(lm([5, 7, 9], max_tokens=6, ignore_eos=True).tokens))
+    assert len(lm.placements[0].devices) == 2
+with ji.load(deep, device_memory=int(budget), **LOAD) as lm:
+    note("streamed", lm, list(lm([5, 7, 9], max_tokens=6, ignore_eos=True).tokens))
+    assert lm.tiers.streamed and any("block" in entry.name for entry in lm.ledger)
+with ji.load(bert) as encoder:
+    note("encoder", encoder, encoder.embed("w1 w2").tolist())
+with ji.endpoint(twice, example=np.zeros(2, np.float32), ladders={"B": (2,)}, device=jax.devices()[3]) as f:
+    note("endpoint", f, f([1, 2]).tolist())
+print(json.dumps(said))
+"""
+
+
+def test_programs_of_several_devices_of_layers_that_stream_and_of_stateless_models_are_loaded_too(tiny_path, tmp_path):
+    deep, bert = tiny.write(tmp_path / "deep", THREE), test_text_encoder.write(tmp_path / "bert")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | {
+        "JAXINFER_CACHE": str(tmp_path / "cache"), "JAXINFER_CACHE_GB": "1", "PYTHONPATH": os.getcwd(),
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    runs = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", EVERY_KIND, tiny_path, deep, bert, str(tight(THREE, **LOAD))],
+                              env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    first, second = runs
+    assert len(first) == 4
+    for name in first:
+        assert first[name][1] == ["compiled"] and second[name] == [first[name][0], ["disk"]], name
+
+
 @pytest.mark.parametrize("harm", ["cut", "junk", "writable"])
 def test_a_program_that_cannot_be_trusted_is_compiled_again(harm, cache, work):
     ask = lambda: endpoint_of(twice)
@@ -337,9 +381,32 @@ def test_where_nothing_can_be_written_nothing_is_stored_and_all_goes_on(cache):
     assert len(seen) == 2 and str(cache) in seen[0].why, "neither read nor written"
 
 
-def test_what_jaxs_own_cache_has_is_not_stored(cache, monkeypatch):
-    """XLA for CPUs writes a program that it has read without the functions that it calls."""
-    monkeypatch.setattr(compiler.cache, "watch", lambda: nullcontext([True]))
+@pytest.fixture
+def in_jaxs_cache(cache, tmp_path, monkeypatch):
+    """JAX's own cache, a new one, has the program of `twice`."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+
+    def use(*values):
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    use(str(tmp_path / "xla"), 0.0)
+    with monkeypatch.context() as patch:
+        patch.setenv("JAXINFER_CACHE_GB", "0")
+        assert [endpoint_of(twice)[0] for _ in range(2)] == ["compiled", "disk"]
+    yield
+    use(*before)
+
+
+def test_what_jaxs_own_cache_has_is_stored_too(in_jaxs_cache, cache):
+    assert endpoint_of(twice) == ("compiled", [2.0, 4.0]) and len(list(cache.iterdir())) == 1
+    assert endpoint_of(twice) == ("disk", [2.0, 4.0])
+
+
+def test_what_can_only_be_taken_from_jaxs_own_cache_is_not_stored(in_jaxs_cache, cache, monkeypatch):
+    monkeypatch.setattr(compiler.cache, "apart", nullcontext)
     with seen_events(events.NotStored) as seen:
         assert endpoint_of(twice) == ("disk", [2.0, 4.0]) and not cache.exists()
     assert "JAX's own cache" in seen[0].why
@@ -347,7 +414,7 @@ def test_what_jaxs_own_cache_has_is_not_stored(cache, monkeypatch):
 
 def test_a_limit_of_zero_stores_nothing(cache, monkeypatch):
     monkeypatch.setenv("JAXINFER_CACHE_GB", "0")
-    assert endpoint_of(twice) == endpoint_of(twice) == ("compiled", [2.0, 4.0]) and not cache.exists()
+    assert endpoint_of(twice)[1] == [2.0, 4.0] and not cache.exists()
     for wrong in ("-1", "much", "nan"):
         monkeypatch.setenv("JAXINFER_CACHE_GB", wrong)
         with pytest.raises(InvalidOption, match="JAXINFER_CACHE_GB"):
@@ -394,10 +461,31 @@ def test_what_was_compiled_ahead_is_loaded_whatever_is_asked(used, tiny_path):
         assert {entry.origin for entry in lm.ledger} == {"disk"} and "warm-up" in lm.startup.phases
 
 
+@pytest.mark.parametrize("changed, error, message", [
+    ({}, InvalidOption, "XLA's CUDA plugin is not here"),
+    ({"kind": "NVIDIA Abacus"}, InvalidOption, "NVIDIA Abacus is not known; XLA can be told of NVIDIA H100"),
+    ({"installed": {"jax": "0"}}, InvalidOption, "machine: jax there and here are not the same"),
+    ({"machine": ["a CPU's features", 2]}, CorruptFile, "is no description of a machine with a GPU"),
+])
+def test_a_gpu_that_is_not_here_must_be_described_by_a_machine_that_could_load_it(changed, error, message, cache,
+                                                                                  tiny_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "cuda_device", lambda hardware: None)
+    told = json.loads(jaxinfer("machine").stdout)
+    assert told == stored.describe(CPU)
+    told |= {"kind": "NVIDIA H100 80GB HBM3", "machine": ["cuda 13000", "9.0", "580.1", ["nvidia-cublas 13"]]}
+    told["installed"] |= changed.get("installed", {})
+    (tmp_path / "h100.json").write_text(json.dumps({**told, **changed, "installed": told["installed"]}))
+    with pytest.raises(error, match=message):
+        compile_ahead(str(tiny_path), machine=tmp_path / "h100.json", memory="1GiB")
+
+
 @pytest.mark.parametrize("options, message", [
+    (dict(machine="nowhere.json", memory="1GiB"), "there is no file nowhere.json"),
+    (dict(machine="m.json", topology="v5e:1x1", memory="1GiB"), "another target must not"),
+    (dict(machine="m.json"), "machine: memory must be given"),
     (dict(topology="h100"), "memory must be given"),
-    (dict(topology="x", memory="1GiB", device="cpu"), "device must not"),
-    (dict(topology="nothing:9", memory="1GiB"), "'nothing:9'; it must be a TPU's")])
+    (dict(topology="x", memory="1GiB", device="cpu"), "device and another target must not"),
+    (dict(topology="nothing:9", memory="1GiB"), "'nothing:9'; it must be a TPU slice")])
 def test_a_chip_that_is_not_here_must_be_described(options, message, cache, tiny_path):
     with pytest.raises(InvalidOption, match=message):
         compile_ahead(str(tiny_path), **options)

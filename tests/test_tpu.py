@@ -1,6 +1,5 @@
 """Everything compiles for TPUs that are not there: libtpu, a topology description, and abstract shapes."""
 
-import os
 from functools import partial
 
 import jax
@@ -13,6 +12,7 @@ from jaxinfer import kernels
 from jaxinfer.compiler import Executables, Key
 from jaxinfer.compiler.buckets import decode, mixed, prompt
 from jaxinfer.compiler.encoders import Encoders, encoder_ladder
+from jaxinfer.compiler.hardware import compiling_for, tpu_topology
 from jaxinfer.compiler.stored import store
 from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Run
@@ -20,9 +20,9 @@ from jaxinfer.kernels import OPS
 from jaxinfer.kernels.attention_tpu import Interleaved
 from jaxinfer.kernels.quantised import FP8, INT4, INT8, blank
 from jaxinfer.runtime import memory as planning
-from jaxinfer.runtime.ahead import _for_chip, find_chip
+from jaxinfer.runtime.ahead import _for_device
 from tests import tiny
-from tests.elsewhere import aimed, compiled, programs
+from tests.elsewhere import compiled, programs
 
 pytestmark = pytest.mark.tpu
 WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "hidden_size": 512}  # as Pallas wants it
@@ -42,27 +42,16 @@ BANDWIDTH = {"v5e:1x1": 819e9, "v5p:2x2x1": 2765e9, "v6e:1x1": 1640e9}  # of a c
 @pytest.fixture(scope="module")
 def libtpu():
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'jaxinfer[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    jax.config.update("jax_enable_compilation_cache", False)  # it would look for a client of this platform
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-
-
-def chips(topology: str) -> list[jax.Device]:
-    from jax.experimental import topologies
-
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
 
 
 @pytest.fixture(scope="module")
 def v5e(libtpu):
-    return chips("v5e:1x1")[0]
+    return tpu_topology("v5e:1x1")[0]
 
 
 @pytest.fixture(scope="module", params=BANDWIDTH)
 def chip(libtpu, request):
-    return chips(request.param)[0]
+    return tpu_topology(request.param)[0]
 
 
 def seconds(program) -> float:
@@ -146,7 +135,7 @@ def test_a_decoder_over_pages_in_eight_bits_compiles_for_a_v5e(v5e, kv_cache_dty
 
 @pytest.mark.parametrize("name", ["plain", "routed"])
 def test_a_decoder_compiles_for_chips_that_share_it(libtpu, name):
-    mesh = Mesh(np.array(chips("v5e:2x2")).reshape(2, 2)[0], ("model",))
+    mesh = Mesh(np.array(tpu_topology("v5e:2x2")).reshape(2, 2)[0], ("model",))
     executables = programs(GRAPHS[name], mesh)
     program, chosen = compiled(executables, Key("forward", mixed(8, 128)))
     memory, hlo = program.memory_analysis(), program.as_text()
@@ -205,7 +194,7 @@ def test_every_way_of_an_op_compiles_for_every_chip(chip, name):
     here = jax.tree.map(lambda x: S(*x.shape, dtype=x.dtype).update(sharding=SingleDeviceSharding(chip)), arrays)
     nbytes = planning.held(arrays)
     for how in op.available("tpu"):
-        with kernels.tracing("tpu", kind=chip.device_kind), aimed(chip):
+        with kernels.tracing("tpu", kind=chip.device_kind), compiling_for(chip, None):
             program = jax.jit(partial(op, how=how, **options)).lower(*here).compile()
         memory = program.memory_analysis()
         assert memory.argument_size_in_bytes >= nbytes / 2, how  # what is not read is left out
@@ -219,9 +208,9 @@ def test_a_program_is_stored_under_the_name_that_the_chip_will_ask_for(libtpu, t
     monkeypatch.setenv("JAXINFER_CACHE", str(tmp_path))
     monkeypatch.setenv("JAXINFER_CACHE_GB", "1")
     path = str(tiny.write(tmp_path / "tiny", tiny.PLAIN))
-    ahead = _for_chip(path, find_chip("v5e:1x1"), memory="1GiB", max_rows=8, max_context=128)
+    ahead = _for_device(path, tpu_topology("v5e:1x1")[0], None, memory="1GiB", max_rows=8, max_context=128)
     asking = Executables(ahead.graph, ahead.ladder, params=ahead.params, state=ahead.state, max_rows=8,
-                         max_context=128, table_width=ahead.table_width, device=find_chip("v5e:1x1"))
+                         max_context=128, table_width=ahead.table_width, device=tpu_topology("v5e:1x1")[0])
     asked = [executables._stored_as(Key("copy")) for executables in (ahead, asking)]
     ahead.compile_all(Key("copy"))
     ahead.close()

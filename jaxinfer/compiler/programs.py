@@ -8,7 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ class Programs:
     """
 
     params: Any  # the weights' shapes and dtypes
+    machine: tuple[Any, ...] | None = None  # that `stored.machine_of` told of, if it is another one
 
     def __init__(self, device: jax.Device | Placement, *, name: str, platform: str | None = None,
                  forced: Mapping[str, str] | None = None):
@@ -95,7 +96,8 @@ class Programs:
         if stored.store() is None or not self.place.is_local:
             return None
         try:
-            return stored.key((type(self).traced, key, self.traced(key)), self.platform, self.place, self.forced)
+            return stored.key((type(self).traced, key, self.traced(key)), self.platform, self.place, self.forced,
+                              self.machine)
         except Unknown as why:
             events.emit(events.NotStored(str(key), f"it is made of {why}"))
             return None
@@ -124,12 +126,12 @@ class Programs:
             if stored_as is not None and (why := stored.obstacle(lowered)):
                 events.emit(events.NotStored(entry.name, why))
                 stored_as = None
-            with cache.unwritten(stored_as is not None):
+            with cache.apart() if stored_as is not None else nullcontext():
                 compiled = lowered.compile()
         entry.origin = "disk" if hits else "compiled"
         entry.kernels = dict(trace.chosen)
         entry.bytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
-        if stored_as is not None and hits:  # XLA does not write again what it has read: functions would be missing
+        if stored_as is not None and hits:  # by a JAX that has no way to compile `apart`
             events.emit(events.NotStored(entry.name, "JAX's own cache has it"))
         elif stored_as is not None:
             note = {"model": self.name, "program": entry.name, "device": self.place.device.device_kind,

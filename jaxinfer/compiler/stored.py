@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -44,15 +45,17 @@ def store() -> Store | None:
     return Store(cache_dir() / "programs", limit) if limit else None
 
 
-def key(program: Any, platform: str, place: Placement, forced: Mapping[str, str]) -> str:
-    """The name of a program: `program` is all that is traced for it, the rest where it is to run. Raises Unknown."""
+def key(program: Any, platform: str, place: Placement, forced: Mapping[str, str],
+        machine: tuple[Any, ...] | None = None) -> str:
+    """The name of a program: `program` is all that is traced for it, the rest where it is to run, on this `machine` or
+    on one of which `machine_of` said so. Raises Unknown."""
     ops = [(name, op.reference, op.fast, op.cut) for name, op in sorted(kernels.OPS.items())]
     where = [(d.platform, d.id, d.device_kind) for d in place.devices]
-    return fingerprint(program, platform, place.axes, place.mesh, where, _machine(place.device), dict(forced), ops,
-                       environment())
+    return fingerprint(program, platform, place.axes, place.mesh, where, machine or machine_of(place.device),
+                       dict(forced), ops, environment())
 
 
-def _machine(device: jax.Device) -> tuple[Any, ...]:
+def machine_of(device: jax.Device) -> tuple[Any, ...]:
     """What the compiler looks at of the machine and its driver."""
     client = device.client
     if device.platform == "cpu":
@@ -81,6 +84,14 @@ def _libraries() -> tuple[str, ...]:
         except metadata.PackageNotFoundError:
             pass
     return tuple(found)
+
+
+def describe(device: jax.Device) -> dict[str, Any]:
+    """What a program's name depends on beside the program: the device and its machine, and what is installed here, in
+    JSON's types."""
+    names = "jaxinfer's source", "Python", "jax", "jaxlib", "numpy", "JAX's options", "XLA's flags"
+    return json.loads(json.dumps({"kind": device.device_kind, "machine": machine_of(device),
+                                  "installed": dict(zip(names, environment(), strict=True))}))
 
 
 def obstacle(lowered: jax.stages.Lowered) -> str | None:
