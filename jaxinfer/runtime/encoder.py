@@ -6,7 +6,7 @@ Axes: T tokens, R rows, D width, C classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,7 +114,8 @@ class TextEncoder(Served):
 
     def __init__(self, graph: Encoder, programs: Encoders, params: Any, tokenizer: Tokenizer, pipeline: Pipeline,
                  ladder: dict[int, tuple[EncoderBucket, ...]], *, config: Any, max_delay: float, max_waiting: int,
-                 name: str):
+                 name: str, again: Callable[[], Any] | None = None):
+        self.again = again
         self.graph, self.tokenizer, self.pipeline, self.config = graph, tokenizer, pipeline, config
         self.max_length = max(ladder)
         work = FlatWork(programs, ladder, Version(1, params))

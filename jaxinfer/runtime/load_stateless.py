@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ def load_encoder(checkpoint: Checkpoint, config: Any, model: Encoder, tokenizer:
     shapes = planning.abstract_params(model, dtype, quantize)
     programs = Encoders(model, shapes, pipeline.pooling, pipeline.normalise, device, forced=FORCED.get(quantize))
     try:
-        params = load_params(model, checkpoint.tensors, dtype=dtype, quantize=quantize, source=checkpoint.source,
-                             put=lambda _, x: jax.device_put(x[...], device), saved=checkpoint.saved)
-        return TextEncoder(model, programs, params, tokenizer, pipeline, encoder_ladder(longest), config=config,
-                           max_delay=MAX_DELAY, max_waiting=max_waiting, name=Path(checkpoint.source).name)
+        read = partial(load_params, model, checkpoint.tensors, dtype=dtype, quantize=quantize, source=checkpoint.source,
+                       put=lambda _, x: jax.device_put(x[...], device), saved=checkpoint.saved)
+        return TextEncoder(model, programs, read(), tokenizer, pipeline, encoder_ladder(longest), config=config,
+                           max_delay=MAX_DELAY, max_waiting=max_waiting, name=Path(checkpoint.source).name,
+                           again=None if checkpoint.rounds(quantize) else read)
     except BaseException:
         programs.close()
         raise
