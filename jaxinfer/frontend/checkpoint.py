@@ -38,6 +38,10 @@ class Checkpoint:
     gguf: dict[str, Any] | None
     saved: Saved | None = None
 
+    def rounds(self, quantize: str | None) -> bool:
+        """Whether weights that are quantised so must be rounded whenever they are read."""
+        return quantize is not None and (self.saved is None or self.saved.quantize != quantize)
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a directory (Hugging Face's, ours, or one with an Orbax checkpoint) or a GGUF file; no weight is read

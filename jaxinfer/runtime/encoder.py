@@ -117,8 +117,8 @@ class TextEncoder(Served):
 
     def __init__(self, graph: Encoder, programs: Encoders, params: Any, tokenizer: Tokenizer, pipeline: Pipeline,
                  ladder: dict[int, tuple[EncoderBucket, ...]], *, config: Any, save: Callable[..., Path],
-                 max_delay: float, max_waiting: int, name: str):
-        self._save = save
+                 max_delay: float, max_waiting: int, name: str, again: Callable[[], Any] | None = None):
+        self._save, self.again = save, again
         self.graph, self.tokenizer, self.pipeline, self.config = graph, tokenizer, pipeline, config
         self.max_length = max(ladder)
         work = FlatWork(programs, ladder, Version(1, params))
@@ -146,9 +146,10 @@ class TextEncoder(Served):
     def save(self, path: str | os.PathLike, format: Format = "safetensors") -> Path:
         """Write the encoder into a new folder, which `jaxinfer.load` takes, as `LanguageModel.save` does: config,
         tokenizer, pipeline, and the weights of this version as they are held."""
-        if (params := self.params) is None:
-            raise Closed()
-        return self._save(path, params, format=format)
+        with self.awake():
+            if (params := self.params) is None:
+                raise Closed()
+            return self._save(path, params, format=format)
 
     def warmup(self) -> None:
         """Compile every Executable now, so that no request waits for a compile afterwards."""

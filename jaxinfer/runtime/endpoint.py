@@ -90,7 +90,8 @@ class Endpoint(Served):
         new = Ladders(axes)
         keys = new.keys(self._named)
         self.functions.compile_all(*keys)
-        self._runner.call(partial(self._change_ladders, new))
+        with self.awake():  # so that all who wait are with the batcher
+            self._runner.call(partial(self._change_ladders, new))
         if keys:
             self._work.keep_only(lambda key: key in keys)
         return axes

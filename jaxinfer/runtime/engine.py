@@ -109,6 +109,43 @@ class Engine:
 
         call_on(self._thread, self._post, change)
 
+    def lie_down(self) -> bool:
+        """Between two steps, let go of the weights, the pages and what they hold; False if somebody is here."""
+        gone: list[bool] = []
+
+        def let_go():
+            if not self.scheduler.sequences:
+                with suppress(Exception):  # a step for somebody who has left may be flying: it reads them
+                    jax.block_until_ready(self.state)
+                self.weights, self.state, self.last_S, self.history_SL = {}, None, None, None
+                self.scheduler.rewind()
+                gone.append(True)
+
+        call_on(self._thread, self._post, let_go)
+        return bool(gone)
+
+    def rise(self, params: Any) -> None:
+        """Take the weights again, and empty pages. Raises what goes wrong, and lies as before."""
+        failed: list[Exception] = []
+
+        def take():
+            try:
+                self.weights = {self.scheduler.version: params}
+                self._reset()
+                jax.block_until_ready(self.state)  # whatever does not fit is to be told here
+            except Exception as error:
+                self.weights, self.state, self.last_S = {}, None, None
+                failed.append(error)
+
+        call_on(self._thread, self._post, take)
+        if failed:
+            raise failed[0]
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is here, or about to be."""
+        return bool(self._inbox or self.scheduler.sequences)
+
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:
             self._check_open()
@@ -426,7 +463,8 @@ class Engine:
             failure.__cause__ = error
             self.queue.leave([sequence.id])
             self.failed(sequence, failure)
-        self._reset()
+        if self.weights:  # else it has lain down, and has no pages
+            self._reset()
 
 
 def _shape(plan: Plan) -> Bucket:

@@ -30,7 +30,7 @@ from jaxinfer.graph import Graph
 from jaxinfer.request import CONSTRAINTS, REQUEST_OPTIONS, Output, Piece, Prompt, Request, Sampling, Score, Sequence
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.answer import Answer, Stream
-from jaxinfer.runtime.delivery import Delivery, Ticket
+from jaxinfer.runtime.delivery import Ticket
 from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.memory import held
@@ -79,16 +79,18 @@ class LanguageModel(Living):
 
     def __init__(self, graph: Graph, tokenizer: Tokenizer, shards: SequenceOf[Shard], *, config: Any,
                  eos: frozenset[int], max_context: int, startup: Startup, save: Callable[..., Path],
-                 ring: Ring | None = None):
+                 ring: Ring | None = None, again: Callable[[], Any] | None = None):
         self.graph, self.tokenizer, self.config = graph, tokenizer, config
         self.max_context = max_context
         self._front, self._eos = Front(shards), eos
-        self._engine, self._delivery = shards[0]  # what is true of all shards is asked of the first
+        self._engine, self._delivery = shards[0].engine, shards[0].delivery  # what is true of all is asked of the first
         self._ids, self._numbers, self._swapping = itertools.count(1), itertools.count(2), threading.Lock()
         self._startup, self._load_seconds, self._save = startup, time.perf_counter() - startup.began, save
-        self._ring = ring
-        for engine, delivery in shards:
-            delivery.end = engine.end
+        self._ring, self.again = ring, again
+        executables = self._engine.executables
+        self._weights, self._pages = held(executables.params), held(executables.state)  # bytes
+        for shard in shards:
+            shard.delivery.end = shard.engine.end
         self._shut = weakref.finalize(self, self._front.close)  # also when it is dropped, and at exit
 
     # Asking.
@@ -191,11 +193,12 @@ class LanguageModel(Living):
         stored in another order. Raises InvalidOption where no process has all of them, or where they are streamed."""
         self._check_open()
         self._check_whole()
-        return over_leaves(self.placements[0].restore, self.graph.spec, self._stored)
+        with self.awake():
+            return over_leaves(self.placements[0].restore, self.graph.spec, self._stored)
 
     @property
     def _stored(self) -> Any:
-        return self._engine.weights[self.version]
+        return self._front.shards[0].weights
 
     @property
     def timings(self) -> dict[str, float]:
@@ -244,11 +247,12 @@ class LanguageModel(Living):
             raise InvalidOption(f"running is {running!r}; it must be 'finish' or 'continue'")
         self._check_whole()
         params = copied(fit(params, self._engine.executables.params))
-        placed = [over_leaves(place.put, self.graph.spec, params) for place in self.placements]
-        with self._swapping:
-            number = next(self._numbers)
-            for shard, params in zip(self._front.shards, placed, strict=True):
-                shard.engine.swap(params, running == "continue", number)
+        with self.awake(beside=self._weights):
+            placed = [over_leaves(place.put, self.graph.spec, params) for place in self.placements]
+            with self._swapping:
+                number = next(self._numbers)
+                for shard, params in zip(self._front.shards, placed, strict=True):
+                    shard.engine.swap(params, running == "continue", number)
         return number
 
     def renumber(self, version: int, numbers: Iterator[int]) -> None:
@@ -266,7 +270,8 @@ class LanguageModel(Living):
         "huggingface" the tensors that transformers knows, not quantised. Raises InvalidOption if there is something at
         `path`, SaveFailed if the disk is full; then nothing is there.
         """
-        return self._save(path, self.params, format=format)
+        with self.awake():
+            return self._save(path, self.params, format=format)
 
     @property
     def device(self) -> jax.Device:
@@ -274,12 +279,24 @@ class LanguageModel(Living):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights, the pages, and what the largest Executable needs beside them, on each device."""
-        executables = self._engine.executables
-        weights = held(executables.params) if self._ring is None else self._ring.tiers.device
-        return weights + held(executables.state) + max((entry.bytes for entry in self.ledger), default=0)
+        """Bytes of the weights (of all versions that somebody runs on), the pages, and what the largest Executable
+        needs beside them, on each device."""
+        weights = self._weights * max(1, len(self._engine.weights)) if self._ring is None else self._ring.tiers.device
+        return weights + self._pages + max((entry.bytes for entry in self.ledger), default=0)
 
     # Living.
+
+    @property
+    def rooms(self) -> list[Shard]:
+        """Where requests are computed, each with weights and pages of its own."""
+        return list(self._front.shards)
+
+    @property
+    def restless(self) -> str:
+        """Why it cannot sleep, if it cannot."""
+        if self._ring is not None:
+            return "its weights are streamed"
+        return "" if self._engine.executables.place.is_local else "its weights lie on devices of several processes"
 
     @property
     def _admissions(self) -> list[Admission]:
@@ -384,7 +401,8 @@ class LanguageModel(Living):
         asked_for, echo = request.prompt, ""
         if request.sampling.echo:
             echo = asked_for if isinstance(asked_for, str) else self.tokenizer.decode(sequences[0].tokens)
-        engine, delivery = self._front.pick(sequences[0].tokens)
+        shard = self._front.pick(sequences[0].tokens)
+        engine, delivery = shard.engine, shard.delivery
         submitted, compiling = time.perf_counter(), _prepare(engine, sequences[0])
         patience = min((s for s in (request.queue_timeout, request.timeout) if s is not None), default=None)
         try:
@@ -395,7 +413,7 @@ class LanguageModel(Living):
             raise
         answer = Answer(lambda: delivery.abandon(ticket), on_piece)
         ticket = delivery.expect(request, sequences, answer, submitted, echo)
-        _when_done(compiling, partial(_enter, engine, delivery, sequences))
+        _when_done(compiling, partial(_enter, shard, sequences))
         return answer, ticket
 
     def _all(self, asked: list[tuple[Request, list[Sequence]]]) -> list[tuple[Output, Ticket]]:
@@ -472,13 +490,13 @@ def _when_done(futures: list[Future], act: Callable[[BaseException | None], None
         future.add_done_callback(one)
 
 
-def _enter(engine: Engine, delivery: Delivery, sequences: list[Sequence], error: BaseException | None) -> None:
+def _enter(shard: Shard, sequences: list[Sequence], error: BaseException | None) -> None:
     try:
         if error is None:
-            engine.submit(*sequences)
-        elif engine.closed:
+            shard.gate.come(sequences)
+        elif shard.engine.closed:
             raise Closed("the model was closed while this request was waiting") from error
         else:
             raise RequestFailed(f"what this request needs could not be compiled: {error}") from error
     except RequestFailed as failure:
-        delivery.failed(sequences[0], failure)
+        shard.fail(sequences, failure)

@@ -1,21 +1,69 @@
-"""What all that serve from a thread of their own share: how they are told something, and how they end."""
+"""What all that serve from a thread of their own share: how they are told something, sleep, and end."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, Self
 
+from jaxinfer.compiler.placement import Placement
 from jaxinfer.errors import Closed
 from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.gate import Gate
+
+
+class Room(Protocol):
+    """Where a model computes: its `weights` (on a `place`, of these `shapes`), a `gate` in front of it, and whether it
+    is `busy`. `lie_down` lets go of all that lies on the device, unless somebody is in: then it is False. `rise` takes
+    weights again, or raises and leaves it as it was."""
+
+    gate: Gate
+
+    @property
+    def place(self) -> Placement: ...
+    @property
+    def shapes(self) -> Any: ...
+    @property
+    def weights(self) -> Any: ...
+    @property
+    def busy(self) -> bool: ...
+    def lie_down(self) -> bool: ...
+    def rise(self, params: Any) -> None: ...
+
+
+class Home(Protocol):
+    """Who puts a model to sleep and wakes it."""
+
+    def keep(self, model: Any, beside: int) -> AbstractContextManager[None]: ...
+    def leave(self, model: Any) -> None: ...
 
 
 class Living:
     """`_admissions` are the doors of the queues, `_busy` says whether a request has not ended, and `_shut` (a
-    `weakref.finalize`, so that it happens once) gives everything back."""
+    `weakref.finalize`, so that it happens once) gives everything back.
+
+    It computes in `rooms`. It can sleep unless it is `restless` (and why), if it has a `home`; `again` reads the
+    weights that it was made with from where they came once more, where that can be done.
+    """
 
     _shut: Callable[[], object]
+    again: Callable[[], Any] | None = None
+    home: Home | None = None
+
+    @property
+    def rooms(self) -> Sequence[Room]:
+        raise NotImplementedError
+
+    @property
+    def restless(self) -> str:
+        return ""
+
+    def awake(self, beside: int = 0) -> AbstractContextManager[None]:
+        """In the `with` block it is awake, and there is room for other weights of so many bytes `beside` its own: then
+        they take their place. Raises OutOfMemory where there cannot be."""
+        return nullcontext() if self.home is None else self.home.keep(self, beside)
 
     @property
     def _admissions(self) -> list[Admission]:
@@ -37,6 +85,8 @@ class Living:
     def close(self) -> None:
         """Give everything back: requests that have not ended fail with `Closed`. Closing twice does no harm."""
         self._shut()
+        if self.home is not None:
+            self.home.leave(self)
 
     def __enter__(self) -> Self:
         return self

@@ -163,10 +163,11 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             _check_taken(op, how, each[0].taken(op, how))
         with ThreadPoolExecutor(1, "tokenizer") as beside:  # the weights
             words = beside.submit(_timed_tokenizer, checkpoint, startup)
-            params = load_params(model, checkpoint.tensors, dtype=number, quantize=quantize, source=checkpoint.source,
-                                 put=put, saved=checkpoint.saved, timed=startup.note,
-                                 copies=not aliased or ring is not None,
-                                 again=None if aliased or ring is not None else page_lock)
+            read = partial(load_params, model, checkpoint.tensors, dtype=number, quantize=quantize,
+                           source=checkpoint.source, put=put, saved=checkpoint.saved,
+                           copies=not aliased or ring is not None,
+                           again=None if aliased or ring is not None else page_lock)
+            params = read(timed=startup.note)
             tokenizer = words.result()
         if ring is not None:
             ring.start(params, params.pop("blocks"))
@@ -194,7 +195,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     save = partial(save_folder, spec=model.spec, checkpoint=checkpoint, tokenizer=tokenizer,
                    saved=Saved(str(number), quantize))
     return LanguageModel(model, tokenizer, shards, config=config, eos=eos, save=save, max_context=context,
-                         startup=startup, ring=ring)
+                         startup=startup, ring=ring, again=None if checkpoint.rounds(quantize) else read)
 
 
 def _streaming(memory: Any, device_memory: Any, host_memory: Any, mesh: Any) -> Streaming | None:

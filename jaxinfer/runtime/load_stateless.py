@@ -40,13 +40,13 @@ def load_encoder(checkpoint: Checkpoint, config: Any, model: Encoder, tokenizer:
     shapes = planning.abstract_params(model, dtype, quantize)
     programs = Encoders(model, shapes, pipeline.pooling, pipeline.normalise, device, forced=FORCED.get(quantize))
     try:
-        params = load_params(model, checkpoint.tensors, dtype=dtype, quantize=quantize, source=checkpoint.source,
-                             put=lambda _, x: jax.device_put(x[...], device), saved=checkpoint.saved)
+        read = partial(load_params, model, checkpoint.tensors, dtype=dtype, quantize=quantize, source=checkpoint.source,
+                       put=lambda _, x: jax.device_put(x[...], device), saved=checkpoint.saved)
         save = partial(save_folder, spec=model.spec, checkpoint=checkpoint, tokenizer=tokenizer,
                        saved=Saved(str(dtype), quantize))
-        return TextEncoder(model, programs, params, tokenizer, pipeline, encoder_ladder(longest), config=config,
+        return TextEncoder(model, programs, read(), tokenizer, pipeline, encoder_ladder(longest), config=config,
                            save=save, max_delay=MAX_DELAY, max_waiting=max_waiting,
-                           name=Path(checkpoint.source).name)
+                           name=Path(checkpoint.source).name, again=None if checkpoint.rounds(quantize) else read)
     except BaseException:
         programs.close()
         raise

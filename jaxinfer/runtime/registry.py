@@ -1,9 +1,11 @@
-"""Named models with versions: loaded, warmed, flipped to, drained and rolled back while requests run."""
+"""Named models with versions: loaded, warmed, flipped to, drained and rolled back while requests run; and asleep while
+nobody asks, where there is not room for all of them."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +16,8 @@ from typing import Any, Literal
 
 from jaxinfer.errors import Closed, InvalidOption, ModelNotFound, Rejected
 from jaxinfer.runtime import memory as planning
+from jaxinfer.runtime.dormitory import Dormitory
+from jaxinfer.runtime.places import Places
 
 Policy = Literal["available", "frugal"]
 STABLE = "stable"
@@ -51,6 +55,13 @@ class Registry:
     `registry[name]` is a handle that always asks the version with the label "stable", `registry.at(name, label)` that
     of another label. Handles never lock.
 
+    With `device_memory`, bytes (or a text such as "60GiB") of each device, it keeps more models than fit: those that
+    were not asked for the longest sleep. Their weights go to the host, up to `host_memory` bytes (by default half of
+    what is free; on a CPU, whose memory is the device's, none), and those of the least recently used to the disk: the
+    checkpoint that they came from is read again, or a file of our own is. Programs stay. A request to a model that
+    sleeps waits in its queue, with its deadlines, until the model has been woken, once who else has the room has
+    served whoever is being served. What pages held of earlier prompts is lost. `tiers` says who is where.
+
     >>> from jaxinfer import endpoint
     >>> registry = Registry()
     >>> registry.load("double", lambda: endpoint(lambda x: 2 * x, example=0.0, max_batch=2))
@@ -62,9 +73,10 @@ class Registry:
     >>> registry.close()
     """
 
-    def __init__(self):
+    def __init__(self, device_memory: int | str | None = None, host_memory: int | str | None = None):
         self._shelves: dict[str, _Shelf] = {}
         self._lock, self._closed = threading.Lock(), False
+        self._dormitory = Dormitory(device_memory, host_memory)
 
     # Reading.
 
@@ -88,6 +100,11 @@ class Registry:
     def labels(self, name: str) -> dict[str, int]:
         return {label: version.number for label, version in self._shelf(name).labels.items()}
 
+    @property
+    def tiers(self) -> Places:
+        """Where every version is, how many of its requests found it awake, and how long it took to wake it: a table."""
+        return self._dormitory.places
+
     # Changing.
 
     def load(self, name: str, make: Callable[[], Any], *, label: str = STABLE, policy: Policy | None = None,
@@ -100,14 +117,21 @@ class Registry:
         the old one had. By default it follows from `needs`, the bytes of the new version (those of the old one if it is
         not given), and from what is free. If `make` raises, so does this, and the old version serves on; a frugal load
         makes it again.
+
+        In a registry with a `device_memory`, others go to sleep to make room for `needs` bytes; for a new name without
+        `needs` all do that are idle, and none is woken until it is made. Raises OutOfMemory, with the numbers, where it
+        can never fit.
         """
         if policy not in (None, "available", "frugal"):
             raise InvalidOption(f"policy is {policy!r}; it must be 'available' or 'frugal'")
         with self._held(name, new=True) as shelf:
             old = shelf.labels.get(label)
-            if old is not None and (policy or self._policy(old, needs)) == "frugal":
-                return self._load_frugally(shelf, name, make, label, old, drain)
-            new = self._make(shelf, name, make)
+            size = planning.parse_bytes(needs, "needs") if needs is not None else None
+            if old is not None:
+                size = size or old.model.nbytes
+                if (policy or self._policy(old, size)) == "frugal":
+                    return self._load_frugally(shelf, name, make, label, old, drain, size)
+            new = self._make(shelf, name, make, size)
             self._flip(shelf, new, label, drain=drain)
             return new.number
 
@@ -124,8 +148,8 @@ class Registry:
             before = shelf.before
             if before is None:
                 raise ModelNotFound(f"{name} has no earlier stable version to roll back to")
-            self._flip(shelf, shelf.ready.get(before) or self._make(shelf, name, shelf.make[before], before), STABLE,
-                       drain=drain)
+            found = shelf.ready.get(before) or self._make(shelf, name, shelf.make[before], number=before)
+            self._flip(shelf, found, STABLE, drain=drain)
             shelf.before = None
             return before
 
@@ -138,6 +162,16 @@ class Registry:
                 if number in (None, version.number):
                     shelf.labels = {label: v for label, v in shelf.labels.items() if v is not version}
                     self._retire(shelf, version, drain)
+
+    def sleep(self, name: str) -> None:
+        """Put all versions of a name to sleep, now: whoever is being served is, first, and the next request wakes it.
+        Raises InvalidOption for one that cannot sleep, since its weights are streamed, say."""
+        for version in tuple(self._shelf(name).ready.values()):
+            self._dormitory.sleep(version.model)
+
+    def wake(self, name: str, label: str = STABLE) -> None:
+        """Wake the version with a label, and wait until it is awake. Raises OutOfMemory, or what went wrong."""
+        self._dormitory.wake(self.at(name, label).version.model)
 
     def close(self) -> None:
         """Close everything at once: what waits fails with Closed."""
@@ -179,17 +213,20 @@ class Registry:
         if number not in shelf.ready:
             raise ModelNotFound(f"{name} has no version {number}; loaded are {sorted(shelf.ready)}")
 
-    def _make(self, shelf: _Shelf, name: str, make: Callable[[], Any], number: int | None = None) -> ModelVersion:
-        start, model = time.monotonic(), make()
-        try:
-            model.warmup()
-        except BaseException:
-            model.close()
-            raise
+    def _make(self, shelf: _Shelf, name: str, make: Callable[[], Any], needs: int | None = None,
+              number: int | None = None) -> ModelVersion:
+        with self._dormitory.room(needs) as move_in:
+            start, model = time.monotonic(), make()
+            try:
+                model.warmup()
+                number = next(shelf.numbers) if number is None else number
+                model.renumber(number, shelf.numbers)
+                move_in(f"{name}/{number}", model)
+            except BaseException:
+                model.close()
+                raise
         shelf.seconds = time.monotonic() - start
-        number = next(shelf.numbers) if number is None else number
         version = ModelVersion(name, number, model)
-        model.renumber(number, shelf.numbers)
         shelf.make[number], shelf.ready[number] = make, version
         return version
 
@@ -210,16 +247,17 @@ class Registry:
         shelf.ready.pop(version.number, None)
 
     def _load_frugally(self, shelf: _Shelf, name: str, make: Callable[[], Any], label: str, old: ModelVersion,
-                       drain: float) -> int:
+                       drain: float, needs: int) -> int:
         labels = [key for key, version in shelf.labels.items() if version is old]
         shelf.coming = frozenset(labels)
         try:
             shelf.labels = {key: v for key, v in shelf.labels.items() if v is not old}
             self._retire(shelf, old, drain)
             try:
-                new = self._make(shelf, name, make)
+                new = self._make(shelf, name, make, needs)
             except BaseException:
-                self._flip(shelf, self._make(shelf, name, shelf.make[old.number], old.number), *labels, drain=drain)
+                old = self._make(shelf, name, shelf.make[old.number], old.model.nbytes, old.number)
+                self._flip(shelf, old, *labels, drain=drain)
                 raise
             if STABLE in labels:
                 shelf.before = old.number
@@ -228,9 +266,11 @@ class Registry:
         finally:
             shelf.coming = frozenset()
 
-    def _policy(self, old: ModelVersion, needs: int | str | None) -> Policy:
-        wanted = planning.parse_bytes(needs) if needs is not None else old.model.nbytes
-        return "available" if wanted <= planning.available(old.model.device) else "frugal"
+    def _policy(self, old: ModelVersion, needs: int) -> Policy:
+        """Whether the new version has room beside the old one, as far as the budget goes, or else the device."""
+        budget = self._dormitory.budget
+        free = planning.available(old.model.device) if budget == math.inf else budget - old.model.nbytes
+        return "available" if needs <= free else "frugal"
 
 
 class Handle:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from jaxinfer import events
 from jaxinfer.errors import Closed, Expired, InvalidRequest, StepFailed
 from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.gate import Gate
 from jaxinfer.runtime.living import call_on
 from jaxinfer.runtime.replies import Result, wake_loops
 from jaxinfer.runtime.timer import TIMER
@@ -57,6 +58,9 @@ class Runner:
         self.work, self.batcher, self.queue, self.name = work, batcher, queue, name
         self.requests = self.batches = 0
         self._open: dict[int, Ask] = {}
+        self.gate = Gate(lambda ask: self._post(lambda: self.batcher.submit(ask)),
+                         lambda ask: ask.order[1] in self._open,
+                         lambda ask, error: self._finish(ask.order[1], Result(error=error)))
         self._inbox: deque[Callable[[], object]] = deque()
         self._wake, self._sleeping, self._closing = threading.Condition(), False, False
         self._flying: deque[Flight] = deque()
@@ -76,7 +80,7 @@ class Runner:
             if seconds is not None:
                 me = weakref.ref(self)
                 TIMER.call_at(ask.at + seconds, partial(_expire, me, id, name, seconds), partial(_is_open, me, id))
-        self._post(lambda: self.batcher.submit(ask))
+        self.gate.come(ask)
         if self._closing:  # it may have slipped in behind the end
             self._finish(id, Result(error=Closed()))
 
@@ -116,6 +120,23 @@ class Runner:
         if threading.current_thread() is self._thread:
             raise InvalidRequest("a done callback runs in the thread that would compute this: ask with submit there, "
                                  "and do not wait for the reply")
+
+    def if_idle(self, action: Callable[[], Any]) -> bool:
+        """Run `action` on the runner's thread if no request is there; False if one is."""
+        done: list[bool] = []
+
+        def act() -> None:
+            if not (self._flying or self.batcher.queues):
+                action()
+                done.append(True)
+
+        self.call(act)
+        return bool(done)
+
+    @property
+    def works(self) -> bool:
+        """Whether a request has passed the gate and not ended."""
+        return bool(self._inbox or self._flying or self.batcher.queues)
 
     @property
     def closed(self) -> bool:

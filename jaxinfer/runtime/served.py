@@ -13,12 +13,15 @@ from math import inf
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxinfer.compiler import Ledger
+from jaxinfer.compiler.placement import Placement
 from jaxinfer.compiler.programs import Programs
 from jaxinfer.errors import Closed, InvalidRequest
 from jaxinfer.request import check_options
 from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.gate import Gate
 from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.memory import held
 from jaxinfer.runtime.replies import Reply, Task, Waiter
@@ -67,6 +70,36 @@ class VersionedWork(Work):
         self._seconds[key] = 0.8 * self._seconds.get(key, seconds) + 0.2 * seconds
 
 
+class Workshop:
+    """Where a stateless model computes (`living.Room`)."""
+
+    def __init__(self, runner: Runner, work: VersionedWork, programs: Programs):
+        self._runner, self._work, self._programs = runner, work, programs
+        self.gate: Gate = runner.gate
+
+    @property
+    def place(self) -> Placement:
+        return self._programs.place
+
+    @property
+    def shapes(self) -> Any:
+        return self._programs.params
+
+    @property
+    def weights(self) -> Any:
+        return self._work.version.params
+
+    @property
+    def busy(self) -> bool:
+        return self._runner.works
+
+    def lie_down(self) -> bool:
+        return self._runner.if_idle(lambda: self.rise(None))
+
+    def rise(self, params: Any) -> None:
+        self._work.version = self._work.version._replace(params=params)
+
+
 class Served(Living):
     """A stateless model behind a queue and a dynamic batcher. Safe to use from any number of threads and event loops
     at once. `priority`, `queue_timeout` and `timeout` of each request are as in `jaxinfer.Request`.
@@ -77,6 +110,7 @@ class Served(Living):
     def __init__(self, runner: Runner, work: VersionedWork, programs: Programs, name: str):
         self.name, self._runner, self._work, self._programs = name, runner, work, programs
         self._ids, self._numbers, self._swapping = itertools.count(1), itertools.count(2), threading.Lock()
+        self._rooms, self._weights = [Workshop(runner, work, programs)], held(programs.params)  # bytes
         self._shut = weakref.finalize(self, _shut, runner, work, programs)
 
     def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int, Any]:
@@ -154,7 +188,8 @@ class Served(Living):
     @property
     def params(self) -> Any:
         """The weights that new batches run on; None once it is closed."""
-        return self._work.version.params
+        with self.awake():
+            return self._work.version.params
 
     @property
     def version(self) -> int:
@@ -165,12 +200,14 @@ class Served(Living):
         """Run new batches on other weights of the same structure, shapes and dtypes, with no compile; batches that run
         now end on the old ones. Where a weight is quantised, floats in its place are quantised as it was. Returns the
         new version's number. Raises InvalidOption if they do not match."""
-        params = own(fit(params, self._programs.params), self.device)
-        with self._swapping:
-            if self._runner.closed:
-                raise Closed()
-            number = next(self._numbers)
-            self._work.version = Version(number, params)
+        params = fit(params, self._programs.params)
+        with self.awake(beside=self._weights):
+            params = own(params, self.device)
+            with self._swapping:
+                if self._runner.closed:
+                    raise Closed()
+                number = next(self._numbers)
+                self._work.version = Version(number, params)
         return number
 
     def renumber(self, version: int, numbers: Iterator[int]) -> None:
@@ -187,7 +224,7 @@ class Served(Living):
     @property
     def nbytes(self) -> int:
         """Bytes of the weights, and of what the largest Executable needs beside them."""
-        return held(self.params) + max((entry.bytes for entry in self.ledger), default=0)
+        return self._weights + max((entry.bytes for entry in self.ledger), default=0)
 
     @property
     def ledger(self) -> Ledger:
@@ -202,6 +239,17 @@ class Served(Living):
                           self.version)
 
     # Living.
+
+    @property
+    def rooms(self) -> list[Workshop]:
+        """Where requests are computed."""
+        return self._rooms
+
+    @property
+    def restless(self) -> str:
+        """Why it cannot sleep, if it cannot."""
+        odd = [x for x in jax.tree.leaves(self._programs.params) if jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+        return f"{odd[0].dtype} among its weights cannot be written down" if odd else ""
 
     @property
     def _admissions(self) -> list[Admission]:

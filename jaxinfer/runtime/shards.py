@@ -5,29 +5,67 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 from jaxinfer.compiler import Ledger
+from jaxinfer.compiler.placement import Placement
+from jaxinfer.request import Sequence as Asked
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.engine import Engine
+from jaxinfer.runtime.gate import Gate
 from jaxinfer.runtime.memory import PAGE_SIZE
 
 MOST_HOMES = 4096  # beginnings of prompts that are remembered
 
 
-class Shard(NamedTuple):
-    engine: Engine
-    delivery: Delivery
+class Shard:
+    """An engine, what delivers its answers, and the gate in front of it, to which a request's sequences come
+    together."""
+
+    def __init__(self, engine: Engine, delivery: Delivery):
+        self.engine, self.delivery = engine, delivery
+        self.gate = Gate(lambda sequences: engine.submit(*sequences),
+                         lambda sequences: any(sequence.ended is None for sequence in sequences), self.fail)
 
     @property
     def load(self) -> int:
         """Requests that wait or run."""
         return self.engine.queue.waiting + len(self.engine.scheduler.running)
 
+    def fail(self, sequences: Sequence[Asked], error: BaseException) -> None:
+        """Tell a request that has not come to the engine."""
+        self.delivery.failed(sequences[0], error)
+
     def close(self) -> None:
         self.engine.close()
+        self.gate.open()  # whoever waits before it is told
         self.engine.executables.close()
         self.delivery.close()
+
+    # What puts a model to sleep asks for.
+
+    @property
+    def place(self) -> Placement:
+        return self.engine.executables.place
+
+    @property
+    def shapes(self) -> Any:
+        """Of the weights, with their shardings."""
+        return self.engine.executables.params
+
+    @property
+    def weights(self) -> Any:
+        return self.engine.weights[self.engine.scheduler.version]
+
+    @property
+    def busy(self) -> bool:
+        return self.engine.busy
+
+    def lie_down(self) -> bool:
+        return self.engine.lie_down()
+
+    def rise(self, params: Any) -> None:
+        self.engine.rise(params)
 
 
 class Front:
