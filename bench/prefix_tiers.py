@@ -77,7 +77,9 @@ def main() -> None:
         source = random_checkpoint.write(Path(scratch), config) if scratch else "smollm2-135m"
         with ji.load(source, dtype="bfloat16", device=options.platform, max_context=context, max_rows=1,
                      prefix_host_memory=2 * whole, prefix_disk_memory=8 * whole) as lm:
-            lm.warmup()
+            if not quick:
+                lm.warmup()
+            lm._engine.executables.compile_all(*lm._engine.executables.moving)
             asker, found = Asker(lm, tokens), {}
             for where in ("read again", "device", "host", "disk"):
                 asker.first(where)

@@ -177,9 +177,11 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             kind, put = partial(Streamed, ring), ring.put
         each = [undo.enter_context(closing(kind(model, ladder, device=place, tiered=prefixes.host > 0, **given)))
                 for place in places]
-        kept = [prefix_places(one, groups, *(size // len(each) for size in prefixes)) for one in each]
-        for spill in (one.spill for one in kept if one and one.spill):
-            undo.enter_context(closing(spill))
+        kept = []
+        for executables in each:
+            kept.append(prefix_places(executables, groups, *(size // len(each) for size in prefixes)))
+            if kept[-1] and kept[-1].spill:
+                undo.enter_context(closing(kept[-1].spill))
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
         for executables in each:  # while the weights are read
             executables.prepare(Key("zeros"), Key("greedy", first.rows), Key("forward", first))
