@@ -171,6 +171,28 @@ class AnyUse(RuleBasedStateMachine):
             reader.node = Node(None, None)  # what comes after a gap cannot be told, as below a forgotten node
         self._slide(reader)
 
+    @precondition(lambda self: self.lower)
+    @rule(visitors=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 2), st.integers(6, 12)), min_size=4,
+                            max_size=8))
+    def visit(self, visitors):
+        """One after another comes, reads all that it has to, and goes: few pages are in use, and most have to leave."""
+        for namespace, like, length in visitors:
+            before, tokens = len(self.readers), (like,) * length
+            self.tree.fetch(namespace, tokens, length - 1)
+            self._obey()
+            while self.shelves.asked:
+                self.shelves.work(self.lower, self.lower.arrived)
+            self._come(namespace, tokens, length - 1)
+            if len(self.readers) > before:
+                reader = self.readers[-1]
+                if self._reserve(reader, length):
+                    for at in range(reader.read, length):
+                        self._write(reader, at)
+                    start, reader.read = reader.read, length
+                    for page in range(start // self.size, length // self.size):
+                        self._extend(reader, page, self.size)
+                self._end(reader)
+
     @precondition(lambda self: self.readers)
     @rule(data=st.data())
     def end(self, data):
