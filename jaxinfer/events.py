@@ -72,7 +72,16 @@ class Retried:
     error: Exception
 
 
-Event = Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Retried
+@dataclass(frozen=True)
+class TierClosed:
+    """No more prefix pages are kept on a `tier`, "host" or "disk": `why` says what went wrong with it. Whoever would
+    have found them there reads them again."""
+
+    tier: str
+    why: str
+
+
+Event = Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Retried | TierClosed
 _observers: tuple[Callable[[Event], None], ...] = ()
 _lock = threading.Lock()
 

@@ -265,6 +265,7 @@ class Sequence:
     indexed: int = 0
     known: int = 0  # tokens that others may find in the prefix tree
     reused: int = 0  # tokens of the prompt that it found there
+    fetched: bool = False  # whether the disk has been asked for what it kept of them
     ended: FinishReason | None = None
     failures: int = 0
     plain: bool = field(init=False)  # draws and nothing else: several steps may go in one call

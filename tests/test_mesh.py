@@ -55,6 +55,24 @@ def test_on_eight_devices():
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
 
 
+@eight
+@pytest.mark.parametrize("mesh", [{"model": 2}, {"data": 2}], ids=str)
+def test_pages_leave_a_mesh_and_come_back(mesh, tiny_path):
+    prompts = [np.random.default_rng(i).integers(4, 320, 100).tolist() for i in range(4)]  # the device holds two pages
+    with load(tiny_path, max_rows=1, mesh=mesh, prefix_host_memory="4MiB") as lm:
+        lowers = [shard.engine.scheduler.tree.lower for shard in lm._front.shards]
+        for shard in lm._front.shards:
+            shard.engine.executables.compile_all(*shard.engine.executables.moving)
+        first = [lm(prompt, **HOW) for prompt in prompts]
+        for lower in lowers:
+            lower.costs.token = 1.0
+        again = [lm(prompt, **HOW) for prompt in prompts]
+        assert [output.tokens for output in again] == [output.tokens for output in first]
+        assert [output.reused for output in again] == [64] * 4
+        assert lm.prefix_tiers.host.hits == sum(lower.returned for lower in lowers) > 0
+        assert lm.prefix_tiers.host.pages == sum(lower.sizes["host"]["full"] for lower in lowers) == 128
+
+
 # --- what cannot be had ---
 
 

@@ -1,7 +1,9 @@
-"""Whoever is given a page by the tree finds in it what it was promised; a page that nobody needs can always be had."""
+"""Whoever is given a page by the tree finds in it what it was promised; a page that nobody needs can always be had.
+With tiers below the device: wherever a page has been meanwhile."""
 
 from __future__ import annotations
 
+from collections import deque
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxinfer.scheduler import PageGroup
+from jaxinfer.scheduler.lower import Lower, Move
 from jaxinfer.scheduler.prefix import LOOK, Match, Node, PrefixTree
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=20)
@@ -52,17 +55,85 @@ def longest(tree: PrefixTree, namespace: str, tokens: tuple[int, ...], most: int
     return max([full, *(end for end in inside if end - full >= size // 4 or end >= len(tokens) - 1)])
 
 
+class Shelves:
+    """What the host and the disk hold, for a scheduler that only says what is to be moved. The disk is as slow as a
+    test wants it: `work` does what it was asked, in order."""
+
+    def __init__(self, pages: dict[str, list[list]]):
+        self.pages = pages  # of the device, by group
+        self.host: dict[tuple[str, int], list] = {}
+        self.disk: dict[tuple[str, int], list] = {}
+        self.asked: deque[tuple[Move, list | None]] = deque()
+
+    def obey(self, moves: list[Move]):
+        for kind, name, source, target in moves:
+            if kind == "copy":
+                self.pages[name][target] = list(self.pages[name][source])
+            elif kind == "out":
+                self.host[name, target] = list(self.pages[name][source])
+            elif kind == "in":
+                self.pages[name][target] = list(self.host[name, source])
+            else:
+                content = self.host[name, source] if kind == "write" else None
+                self.asked.append(((kind, name, source, target), content))
+
+    def work(self, lower: Lower, arrived) -> None:
+        (kind, name, source, target), content = self.asked.popleft()
+        if kind == "write":
+            self.disk[name, target] = content
+            lower.written(name, source, target)
+        else:
+            self.host[name, target] = self.disk[name, source]
+            arrived(name, source, target)
+
+    def lose(self):
+        for shelf in (self.host, self.disk, self.asked):
+            shelf.clear()
+
+    def kept(self, tier: str, name: str, place: int) -> list:
+        """What is there, or is on its way there."""
+        writing = [content for (kind, group, _, target), content in self.asked
+                   if (tier, kind, group, target) == ("disk", "write", name, place)]
+        return writing[-1] if writing else {"host": self.host, "disk": self.disk}[tier][name, place]
+
+    def check_places(self, lower: Lower, nodes: list[Node]):
+        """Every place below the device is free, somebody's, or pinned; and no more are pinned than something is done
+        with."""
+        busy = [(("host", name, source if kind == "write" else target), ("disk", name, target if kind == "write" else
+                                                                           source))
+                for (kind, name, source, target), _ in self.asked]
+        for (tier, name), slots in lower.slots.items():
+            mine = {node.kept[tier, name]: node for node in nodes if (tier, name) in node.kept}
+            assert {slot: node for slot, node in enumerate(slots.owner) if node} == mine
+            pins = [sum((tier, name, slot) in pair for pair in busy) for slot in range(len(slots.owner))]
+            held = [slot for group, slot in lower._held if (tier, group) == ("host", name)]
+            assert slots.pins == [count + held.count(slot) for slot, count in enumerate(pins)]
+            assert sorted([*slots._free, *({*mine} | {s for s, n in enumerate(slots.pins) if n})]) == [
+                *range(len(slots.owner))]
+            assert set(slots._idle) == {slot for slot in mine if not slots.pins[slot]}
+        assert all(slot < len(lower.slots["host", name].owner) for name, slot in self.host), "more than is allowed"
+
+
+TIERS = st.sampled_from((None, None, (2, 0), (5, 0), (20, 0), (1, 3), (4, 4), (3, 20)))  # pages of the host, the disk
+SECONDS = st.sampled_from((None, 0.0, 0.5, 2.0, 9.0, 100.0))
+
+
 class AnyUse(RuleBasedStateMachine):
     """Sequences come, read, leave tails, fork, end, and find less than they hoped for, in any order. Every slot of
     every page remembers the whole beginning that was read into it, as a KV cache does."""
 
     @initialize(size=st.integers(1, 5), pages=st.integers(2, 12), windows=st.sampled_from(
-        ((None,), (None,), (4,), (None, 5), (3, None), (None, 1, None), (2, 7))))
-    def open(self, size, pages, windows):
+        ((None,), (None,), (4,), (None, 5), (3, None), (None, 1, None), (2, 7))), tiers=TIERS)
+    def open(self, size, pages, windows, tiers):
         self.groups = tuple(PageGroup(f"group{i}", size, pages + i, window) for i, window in enumerate(windows))
-        self.tree = PrefixTree(self.groups)
+        host, disk = ({group.name: count for group in self.groups} for count in tiers or (0, 0))
+        self.tree = PrefixTree(self.groups, host, disk) if tiers else PrefixTree(self.groups)
+        self.lower = self.tree.lower
+        if self.lower:
+            self.lower.open = True
         self.size = size
         self.slots = {group.name: [[None] * size for _ in range(group.pages)] for group in self.groups}
+        self.shelves = Shelves(self.slots)
         self.readers: list[Reader] = []
 
     # What happens.
@@ -100,6 +171,28 @@ class AnyUse(RuleBasedStateMachine):
             reader.node = Node(None, None)  # what comes after a gap cannot be told, as below a forgotten node
         self._slide(reader)
 
+    @precondition(lambda self: self.lower)
+    @rule(visitors=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 2), st.integers(6, 12)), min_size=4,
+                            max_size=8))
+    def visit(self, visitors):
+        """One after another comes, reads all that it has to, and goes: few pages are in use, and most have to leave."""
+        for namespace, like, length in visitors:
+            before, tokens = len(self.readers), (like,) * length
+            self.tree.fetch(namespace, tokens, length - 1)
+            self._obey()
+            while self.shelves.asked:
+                self.shelves.work(self.lower, self.lower.arrived)
+            self._come(namespace, tokens, length - 1)
+            if len(self.readers) > before:
+                reader = self.readers[-1]
+                if self._reserve(reader, length):
+                    for at in range(reader.read, length):
+                        self._write(reader, at)
+                    start, reader.read = reader.read, length
+                    for page in range(start // self.size, length // self.size):
+                        self._extend(reader, page, self.size)
+                self._end(reader)
+
     @precondition(lambda self: self.readers)
     @rule(data=st.data())
     def end(self, data):
@@ -110,6 +203,7 @@ class AnyUse(RuleBasedStateMachine):
         """Somebody takes pages, and gives them back at once."""
         group = data.draw(st.sampled_from(self.groups)).name
         taken = [self.tree.take(group) for _ in range(min(count, self.tree.obtainable(group)))]
+        self._obey()
         assert None not in taken and len(set(taken)) == len(taken)
         assert all(self.tree.pools[group].holders[page] == 1 for page in taken)
         self.tree.release(group, taken)
@@ -117,15 +211,59 @@ class AnyUse(RuleBasedStateMachine):
     @rule()
     def clear(self):
         self.tree.clear()
+        self.shelves.lose()
         assert nodes(self.tree) == [] and set(self.tree.pages.values()) == {0}
 
+    @rule(namespace=st.sampled_from("ab"))
+    def forget(self, namespace):
+        self.tree.forget(namespace)
+        assert namespace not in self.tree.namespaces
+
+    @precondition(lambda self: self.lower)
+    @rule(namespace=st.sampled_from("ab"), tokens=TOKENS)
+    def fetch(self, namespace, tokens):
+        before = len(self.lower.reading)
+        coming = self.tree.fetch(namespace, tuple(tokens), len(tokens))
+        self._obey()
+        assert coming == (0 if before else len(self.lower.reading))
+
+    @precondition(lambda self: self.shelves.asked)
+    @rule(count=st.integers(1, 9))
+    def work(self, count):
+        for _ in range(min(count, len(self.shelves.asked))):
+            self.shelves.work(self.lower, self.lower.arrived)
+
+    @precondition(lambda self: self.lower)
+    @rule(what=st.sampled_from(("token", "back", "read")), seconds=SECONDS)
+    def measure(self, what, seconds):
+        setattr(self.lower.costs, what, seconds)
+
+    @precondition(lambda self: self.lower)
+    @rule(tier=st.sampled_from(("host", "disk")), really=st.integers(0, 9))
+    def close_tier(self, tier, really):
+        if not really:
+            self.lower.close(tier)
+            assert not any(kept == tier for _, _, path in nodes(self.tree) for kept, _ in path[-1].kept)
+
     # How.
+
+    def _obey(self):
+        self.shelves.obey(self.tree.moves)
+        self.tree.moves.clear()
 
     def _come(self, namespace: str, tokens: tuple[int, ...], most: int):
         wide = any(len(path[-1].below) > LOOK for _, _, path in nodes(self.tree))
         expected = longest(self.tree, namespace, tokens, most)
         match = self.tree.match(namespace, tokens, most)
-        assert match.length == expected or (wide and match.length < expected)
+        if match.missing:
+            assert match.length > expected and match.length % self.size == 0
+            if any(self.tree.obtainable(group.name) < sum(name == group.name for name, *_ in match.missing)
+                   for group in self.groups):
+                return self.tree.give_up(match)
+            self.tree.bring(match)
+            self._obey()
+        else:
+            assert match.length == expected or (wide and match.length < expected)
         assert bool(match.copies) == bool(match.length % self.size)
         reader = Reader(namespace, tokens, match.length, match.node, match.pages)
         self.readers.append(reader)
@@ -150,6 +288,7 @@ class AnyUse(RuleBasedStateMachine):
                 page = self.tree.take(name)
                 if page is None:
                     return False
+                self._obey()
                 pages.append(page)
                 self.slots[name][page] = [None] * self.size
         return True
@@ -214,13 +353,22 @@ class AnyUse(RuleBasedStateMachine):
         for namespace, tokens, path in nodes(self.tree):
             node, start = path[-1], self.size * (len(path) - 1)
             assert len(tokens) > start and (len(node.key) == self.size or not node.below)
-            assert node.below or set(node.pages.values()) != {None}, "an empty node is left"
+            assert node.below or node.kept or set(node.pages.values()) != {None}, "an empty node is left"
             for group in self.groups:
                 page = node.pages[group.name]
-                assert page is not None or group.window is not None
-                for at in range(start, len(tokens)) if page is not None else ():
-                    assert self.slots[group.name][page][at - start] == (namespace, tokens[:at + 1])
+                copies = [self.shelves.kept(tier, name, place) for (tier, name), place in node.kept.items()
+                          if name == group.name]
+                if page is not None:
+                    copies.append(self.slots[group.name][page])
+                assert copies or group.window is not None
+                for copy in copies:
+                    assert copy[:len(node.key)] == [(namespace, tokens[:at + 1]) for at in range(start, len(tokens))]
         assert all(root.below for root in self.tree._top.below.values()), "an empty namespace is left"
+
+    @precondition(lambda self: self.lower)
+    @invariant()
+    def every_place_below_is_free_or_somebodys(self):
+        self.shelves.check_places(self.lower, [path[-1] for _, _, path in nodes(self.tree)])
 
     @invariant()
     def idle_pages_go_from_the_leaves_up(self):

@@ -7,7 +7,8 @@ import json
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
+from operator import itemgetter
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jaxinfer.request import Sampling, Sequence
 from jaxinfer.scheduler import AGEING, Began, PageGroup, Plan, Scheduler
 from jaxinfer.scheduler.fit import fit
-from tests.test_prefix import nodes
+from tests.test_prefix import SECONDS, TIERS, Shelves, nodes
 
 VOCAB = 5  # so few that sequences often agree for a while
 JUNK = 999
@@ -61,7 +62,7 @@ class Asked:
 
 class Device:
     """Obeys plans as the real one does: tables per slot, kept up with what each plan says is new; pages that keep
-    what was last written to them; the last token drawn in each slot."""
+    what was last written to them, on the device and below it; the last token drawn in each slot."""
 
     def __init__(self, groups: tuple[PageGroup, ...], max_rows: int):
         self.groups, self.max_rows = groups, max_rows
@@ -71,12 +72,14 @@ class Device:
 
     def lose_everything(self):
         self.pages = {group.name: [[None] * group.page_size for _ in range(group.pages)] for group in self.groups}
+        self.shelves = Shelves(self.pages)
         self.last = [None] * self.max_rows
 
     def run(self, plan: Plan, asked: dict[int, Asked]) -> list[list[int]]:
         """The drawn tokens of each step. Raises AssertionError if a row cannot see all of its window as it would be if
         it were alone, or looks at a page that another row of the step writes."""
         self._copy(plan)
+        self.shelves.obey(plan.moves)
         for name, slot, index, page in plan.pages:
             self.tables[name][slot][index] = page
         starts = [end - count for end, count in zip(accumulate(plan.lens), plan.lens, strict=True)]
@@ -85,11 +88,13 @@ class Device:
                 for step in range(plan.steps)]
 
     def _copy(self, plan: Plan):
-        contents = [self.pages[name][source] for name, source, _ in plan.copies]
-        for name, source, target in plan.copies:
-            self.pages[name][target] = list(self.pages[name][source])
-        at_once = [self.pages[name][target] for name, _, target in plan.copies]
-        assert contents == at_once, "the copies depend on each other"
+        """Copies that come one after another are made at once."""
+        for kind, alike in groupby(plan.moves, itemgetter(0)):
+            pairs = [(name, source, target) for _, name, source, target in alike] if kind == "copy" else []
+            written = [(name, target) for name, _, target in pairs]
+            assert len(set(written)) == len(written), "a page is written twice"
+            for i, (name, source, _) in enumerate(pairs):
+                assert (name, source) not in written[:i], "the copies depend on each other"
 
     def _step(self, plan: Plan, step: int, tokens: list[list[int]], asked: dict[int, Asked]) -> list[int]:
         writer: dict[tuple[str, int], int] = {}
@@ -134,10 +139,16 @@ class House:
     chunks: int | None
     rungs: tuple[int, ...] = ()
     again: int = 0
+    tiers: tuple[int, int] | None = None
 
     def scheduler(self) -> Scheduler:
-        return Scheduler(self.groups, max_rows=self.max_rows, chunk=self.chunk, budget=self.budget, chunks=self.chunks,
-                         rungs=self.rungs, again=self.again)
+        host, disk = ({group.name: count for group in self.groups} for count in self.tiers or (0, 0))
+        scheduler = Scheduler(self.groups, max_rows=self.max_rows, chunk=self.chunk, budget=self.budget,
+                              chunks=self.chunks, rungs=self.rungs, again=self.again, host=host if self.tiers else None,
+                              disk=disk)
+        if scheduler.tree.lower:
+            scheduler.tree.lower.open = True
+        return scheduler
 
 
 @st.composite
@@ -149,7 +160,8 @@ def houses(draw) -> House:
     budget = draw(st.one_of(st.none(), st.integers(rows, rows + 8)), label="budget")
     rungs = draw(st.sampled_from(((), (2, 4, 8, 16), (1, 3, 20))), label="rungs")
     return House(tuple(groups), rows, draw(st.integers(1, 8), label="chunk"), budget,
-                 draw(st.sampled_from((0, 0, 1, 2, None)), label="chunks"), rungs, draw(st.integers(0, 3)))
+                 draw(st.sampled_from((0, 0, 1, 2, None)), label="chunks"), rungs, draw(st.integers(0, 3)),
+                 draw(TIERS, label="tiers"))
 
 
 class AnyHistory(RuleBasedStateMachine):
@@ -172,6 +184,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.before: dict[int, set[int]] = {}  # versions that may still go before each one that waits for its turn
         self.dispatched = True
         self.now = 0.0
+        self.lower = self.scheduler.tree.lower
 
     # What happens.
 
@@ -204,11 +217,31 @@ class AnyHistory(RuleBasedStateMachine):
         self._end(self.scheduler.cancel(id, reason), reason)
         assert self.scheduler.cancel(id) is None, "cancelled twice"
 
-    @rule()
-    def swap(self):
+    @precondition(lambda self: self.device.shelves.asked)
+    @rule(count=st.integers(1, 9))
+    def work(self, count):
+        for _ in range(min(count, len(self.device.shelves.asked))):
+            self._work()
+
+    @precondition(lambda self: self.lower)
+    @rule(what=st.sampled_from(("token", "back", "read")), seconds=SECONDS)
+    def measure(self, what, seconds):
+        setattr(self.lower.costs, what, seconds)
+
+    @precondition(lambda self: self.lower)
+    @rule(tier=st.sampled_from(("host", "disk")), really=st.integers(0, 9))
+    def close_tier(self, tier, really):
+        if not really:
+            self.lower.close(tier)
+
+    @rule(forget=st.booleans())
+    def swap(self, forget=False):
         """Other weights: whoever begins now reads and draws otherwise."""
         self.version += 1
         self.scheduler.swap(self.version)
+        if forget:
+            used = self.scheduler.keep_versions()
+            assert {version for version, _ in self.scheduler.tree.namespaces} <= used
         for sequence in self.scheduler.sequences.values():
             if not sequence.begun:
                 self._expect(sequence)
@@ -262,6 +295,12 @@ class AnyHistory(RuleBasedStateMachine):
     def _step(self, steps: int = 1, late: bool = False):
         """With `late`, tokens are read back between the plan and its dispatch."""
         plan = self._plan(steps)
+        while not plan and self.scheduler.sequences and self.scheduler.idle:
+            self.device.shelves.obey(self.scheduler.moves())
+            self._work()
+            plan = self._plan(steps)
+        if not plan:
+            self.device.shelves.obey(self.scheduler.moves())
         if late or not plan:
             self._commit()
         if plan:
@@ -269,6 +308,9 @@ class AnyHistory(RuleBasedStateMachine):
         self.dispatched = True
         if len(self.flying) > self.ahead:
             self._commit()
+
+    def _work(self):
+        self.device.shelves.work(self.lower, self.scheduler.arrived)
 
     def _plan(self, steps: int = 1) -> Plan | None:
         self.dispatched = False
@@ -397,10 +439,16 @@ class AnyHistory(RuleBasedStateMachine):
     def every_known_page_holds_what_the_tree_says(self):
         for namespace, tokens, path in nodes(self.scheduler.tree):
             start = len(tokens) - len(path[-1].key)
-            for name, page in path[-1].pages.items():
-                for at in range(start, len(tokens)) if page is not None else ():
-                    kept = self.device.pages[name][page][at - start]
-                    assert self.device.meaning[kept] == (namespace, tokens[:at + 1])
+            copies = [self.device.pages[name][page] for name, page in path[-1].pages.items() if page is not None]
+            copies += [self.device.shelves.kept(*key, place) for key, place in path[-1].kept.items()]
+            for copy in copies:
+                for at in range(start, len(tokens)):
+                    assert self.device.meaning[copy[at - start]] == (namespace, tokens[:at + 1])
+
+    @precondition(lambda self: self.lower)
+    @invariant()
+    def every_place_below_is_free_or_somebodys(self):
+        self.device.shelves.check_places(self.lower, [path[-1] for _, _, path in nodes(self.scheduler.tree)])
 
     @invariant()
     def every_sequence_is_in_one_place(self):
@@ -651,7 +699,8 @@ def test_the_second_to_ask_reads_only_the_last_token():
     assert read(finish(scheduler), 0) == [(0, 8), (8, 3), (11, 1), (12, 1)]
     begin(scheduler, 1, 11, "a", max_tokens=3)
     plans = finish(scheduler)
-    assert read(plans, 1) == [(10, 1), (11, 1), (12, 1)] and len(plans[0].copies) == 1 and scheduler.reused == 10
+    assert read(plans, 1) == [(10, 1), (11, 1), (12, 1)] and scheduler.reused == 10
+    assert [kind for kind, *_ in plans[0].moves] == ["copy"]
     begin(scheduler, 2, 11, "b", max_tokens=1)
     begin(scheduler, 3, 11, None, max_tokens=1)
     plans = finish(scheduler)
@@ -918,9 +967,9 @@ def test_a_plan_is_plain_data():
     def restored(told):
         began = [Began(*who, tuple(tokens), prompt, sampling(how)) for *who, tokens, prompt, how in told["began"]]
         return Plan(**told | {"began": began, "pages": [*map(tuple, told["pages"])],
-                              "copies": [*map(tuple, told["copies"])]})
+                              "moves": [*map(tuple, told["moves"])]})
 
     plans = finish(scheduler)
-    assert any(plan.copies for plan in plans) and any(plan.began for plan in plans)
+    assert any(plan.moves for plan in plans) and any(plan.began for plan in plans)
     for plan in plans:
         assert restored(json.loads(json.dumps(asdict(plan)))) == plan

@@ -221,7 +221,7 @@ def test_what_is_no_text_is_refused(encoder, path):
         with pytest.raises(InvalidRequest, match=message):
             encoder(wrong)
     for option in (dict(batch_invariant=True), dict(max_rows=2), dict(memory="1GiB"),
-                   dict(kernels={"attend_rows": "blocks"})):
+                   dict(prefix_host_memory="1MiB"), dict(kernels={"attend_rows": "blocks"})):
         with pytest.raises(InvalidOption, match=f"{next(iter(option))} cannot be given for an encoder"):
             ji.load(path, **option)
 

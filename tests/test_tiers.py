@@ -301,7 +301,7 @@ def test_a_file_that_ends_early_fails_the_requests_and_not_the_model(deep, strea
     assert streamed(PROMPTS[0], **TOKENS).tokens == deep[1]
     whole = os.pread(spill.file.fileno(), spill.nbytes, 0)
     os.ftruncate(spill.file.fileno(), spill.nbytes // 2)
-    with pytest.raises(StepFailed, match=r"the file of streamed weights in .* ends within layer"):
+    with pytest.raises(StepFailed, match=r"the file of streamed weights in .* ends within record"):
         streamed(PROMPTS[0], reuse=False, **TOKENS)
     os.pwrite(spill.file.fileno(), whole, 0)
     assert streamed(PROMPTS[0], reuse=False, **TOKENS).tokens == deep[1]
@@ -310,11 +310,11 @@ def test_a_file_that_ends_early_fails_the_requests_and_not_the_model(deep, strea
 def test_a_full_disk_is_said_before_and_while_weights_are_written(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXINFER_CACHE", str(tmp_path))
     record = Record.of([jax.ShapeDtypeStruct((2**58,), np.float32)])
-    with pytest.raises(OutOfMemory, match=r"are to stream from .* are free; give host_memory"):
+    with pytest.raises(OutOfMemory, match=r"weights are to lie in .* are free; give host_memory"):
         Spill({0: record})
     spill = Spill({0: Record.of([jax.ShapeDtypeStruct((8,), np.float32)])})
     spill.file.close()
-    with open("/dev/full", "r+b", buffering=0) as spill.file, pytest.raises(OutOfMemory, match="are to stream from"):
+    with open("/dev/full", "r+b", buffering=0) as spill.file, pytest.raises(OutOfMemory, match="are to lie in"):
         spill.write(0, 0, np.zeros(8, np.float32))
 
 

@@ -51,7 +51,7 @@ class Executables(Programs):
     Kinds: "forward" (params, state, last_S, run) -> state, logits_RV; of several steps, with how each row draws,
     "greedy_steps" and "steps" -> state, last_S, tokens_NR; "score" and "embed" read a prompt for its own sake;
     "greedy", "sample" and "edited" draw; "logprobs"; "logits" runs a user's function; "zeros", "copy" and "history"
-    keep house.
+    keep house; with `tiered`, "export" and "import" of each state group move a page from the device and back.
     """
 
     runs_ahead = True  # whether a step may be dispatched before the one before it has been read back
@@ -59,7 +59,7 @@ class Executables(Programs):
 
     def __init__(self, graph: Graph, ladder: Ladder, *, params: Any, state: Any, max_rows: int, max_context: int,
                  table_width: dict[str, int], device: jax.Device | Placement, platform: str | None = None,
-                 forced: Mapping[str, str] | None = None):
+                 forced: Mapping[str, str] | None = None, tiered: bool = False):
         super().__init__(device, name=graph.name, platform=platform, forced=forced)
         self.graph, self.ladder, self.max_rows, self.max_context = graph, ladder, max_rows, max_context
         self.table_width = table_width
@@ -70,6 +70,8 @@ class Executables(Programs):
         for whole in (key for bucket in ladder.buckets for key in _forwards(bucket)):
             for key in self.parts(whole):
                 _ = self.ledger[str(key)]
+        kinds = ("export", "import") if tiered else ()
+        self.moving = tuple(Key(f"{kind} {group.name}") for kind in kinds for group in graph.groups)
         self._functions: dict[Callable, None] = {}  # users', the latest last
         self.holding = lru_cache(4096)(ladder.holding)  # in every step anew
 
@@ -123,6 +125,13 @@ class Executables(Programs):
         if kind == "copy":
             pairs = {group.name: self._array(COPIES) for group in self.graph.groups}
             return self._lower(_copy, self.state, pairs, pairs, donate="state", out=pages)
+        if key in self.moving:
+            kind, _, group = kind.partition(" ")
+            layers, page, one = self.state[group], self._array(), self.page(group)
+            if kind == "export":
+                out = jax.tree.map(lambda x: x.sharding, one)
+                return self._lower(kernels.export_page, layers, page, out=out)
+            return self._lower(kernels.import_page, layers, page, one, donate="layers", out=pages[group])
         history_SL = self._array(self.max_rows, self.max_context)
         if kind == "history":
             return self._lower(kernels.begin_history, history_SL, self._array(), self._array(self.max_context),
@@ -142,6 +151,12 @@ class Executables(Programs):
             return self._lower(kernels.sample, *first, self._draws(R))
         return self._lower(kernels.sample_edited, *first, self._draws(R), self._edits(R), history_SL,
                            donate="history_SL")
+
+    def page(self, group: str) -> Any:
+        """The shapes of an exported page, and how it lies on the device."""
+        layers = self.state[group]
+        place = lambda x: jax.ShapeDtypeStruct((len(layers), *x.shape[1:]), x.dtype, sharding=x.sharding)
+        return jax.tree.map(place, layers[0])
 
     def _lower(self, fn: Callable, *args: Any, donate: str = "", out: Any = None) -> jax.stages.Lowered:
         """`fn` for abstract arguments; `out` says how its results lie, whole on every device if they need not be cut.
@@ -239,11 +254,11 @@ class Executables(Programs):
     def warmup(self, buckets: Iterable[Bucket] | None = None) -> None:
         """Compile everything (or what `buckets` need), so that no step compiles afterwards. Users' functions, and
         scoring and embedding, are compiled when they are first asked for, before their request is admitted."""
-        self.compile_all(*_keys(self.ladder.buckets if buckets is None else tuple(buckets)))
+        self.compile_all(*_keys(self.ladder.buckets if buckets is None else tuple(buckets)), *self.moving)
 
     def fetch_all(self) -> Future:
         """Start to take in the background what is on the disk of all that `warmup` would compile."""
-        return self.fetch(*_keys(self.ladder.buckets))
+        return self.fetch(*_keys(self.ladder.buckets), *self.moving)
 
     def taken(self, op: str, how: str) -> list[str]:
         """The implementations that the programs of steps take of an op, up to the first program that takes `how`. Those

@@ -15,13 +15,14 @@ from jaxinfer.kernels.logprobs import TOP, Logprobs, logprobs, prompt_logprobs
 from jaxinfer.kernels.matmul import gated, matmul, matmul_dense, matmul_fp8, matmul_int4, matmul_int8, project
 from jaxinfer.kernels.moe import route, routed_ffn
 from jaxinfer.kernels.op import OPS, Op, tracing
-from jaxinfer.kernels.pages import copy, write
+from jaxinfer.kernels.pages import copy, export_page, import_page, write
 from jaxinfer.kernels.quantised import Quantised, embed_rows
 from jaxinfer.kernels.sampling import sample, sample_greedy
 
 __all__ = [
     "BIASES", "OPS", "TOP", "Context", "Edits", "Logprobs", "Op", "Quantised", "attend", "begin_history",
-    "check_logits_function", "chunks", "copy", "edit_logits", "embed_rows", "gated", "init_pages", "layer_norm",
-    "logprobs", "matmul", "matmul_dense", "matmul_fp8", "matmul_int4", "matmul_int8", "project", "prompt_logprobs",
-    "rms_norm", "rope", "route", "routed_ffn", "sample", "sample_edited", "sample_greedy", "split", "tracing", "write",
+    "check_logits_function", "chunks", "copy", "edit_logits", "embed_rows", "export_page", "gated", "import_page",
+    "init_pages", "layer_norm", "logprobs", "matmul", "matmul_dense", "matmul_fp8", "matmul_int4", "matmul_int8",
+    "project", "prompt_logprobs", "rms_norm", "rope", "route", "routed_ffn", "sample", "sample_edited",
+    "sample_greedy", "split", "tracing", "write",
 ]

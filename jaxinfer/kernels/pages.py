@@ -1,9 +1,12 @@
-"""What is done to pages besides attending: a run's keys and values are written, pages are copied. Any layout will do.
+"""What is done to pages besides attending: a run's keys and values are written, pages are copied, and one page of all
+layers leaves the device or comes back. Any layout will do.
 
 Axes: T tokens, C pairs of pages, K KV heads, H head width; of a layout's arrays, axis 0 is pages.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,3 +69,15 @@ def copy_loop(pages: Pages, from_C: jax.Array, to_C: jax.Array) -> Pages:
 
 copy = Op("copy", reference=copy_reference, fast={"loop": (("cpu",), copy_loop)},
           cut=lambda pages, from_C, to_C: Cut((pages.axes, (), ()), (pages.axes,)))
+
+
+def export_page(layers: list[Any], page: jax.Array) -> Any:
+    """One page of a state group, to the bit: the layout's arrays, with layers in the place of pages."""
+    take = lambda *arrays: jnp.stack([lax.dynamic_index_in_dim(array, page, 0, keepdims=False) for array in arrays])
+    return jax.tree.map(take, *layers)
+
+
+def import_page(layers: list[Any], page: jax.Array, exported: Any) -> list[Any]:
+    """The state group with what was exported as this page."""
+    put = lambda array, new: lax.dynamic_update_index_in_dim(array, new, page, 0)
+    return [jax.tree.map(lambda array, new, i=i: put(array, new[i]), pages, exported) for i, pages in enumerate(layers)]

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +24,10 @@ from jaxinfer.request import FinishReason, Sequence
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.living import call_on
 from jaxinfer.runtime.pack import Packer
+from jaxinfer.runtime.prefix_tiers import PageMover
+from jaxinfer.runtime.record import Spill
 from jaxinfer.scheduler import Drawn, Plan, Scheduler
+from jaxinfer.scheduler.lower import Move
 
 TOGETHER = 0.05  # seconds that several decode steps in one call may take: nobody should see a stream stutter
 
@@ -48,6 +53,7 @@ class Flight:
     remember_R: np.ndarray
     then: tuple[Key, ...]
     fancy: bool  # whether a row of it wanted more than to draw; by the time it is read back, that row may have left
+    began: float = 0.0  # when it was dispatched
     logits_RV: Any = None
     tokens: Any = None
     logprobs: Any = None
@@ -59,11 +65,13 @@ class Engine:
     and an error, both from the engine's thread.
 
     The state lives here and nowhere else: it is donated to each step and replaced by what the step returns. At most
-    `max_waiting` requests and `max_waiting_tokens` tokens of theirs wait; what comes on top is rejected.
+    `max_waiting` requests and `max_waiting_tokens` tokens of theirs wait; what comes on top is rejected. Where the
+    scheduler keeps pages below the device, `mover` has them, on the disk in `spill`.
     """
 
     def __init__(self, executables: Executables, scheduler: Scheduler, params: Any, tell: Callable[[News], None],
-                 failed: Callable[[Sequence, BaseException], None], *, max_waiting: int, max_waiting_tokens: int):
+                 failed: Callable[[Sequence, BaseException], None], *, max_waiting: int, max_waiting_tokens: int,
+                 spill: Spill | None = None):
         self.executables, self.scheduler = executables, scheduler
         self.weights = {scheduler.version: params}  # by version: the newest, and those that somebody still runs on
         self.tell, self.failed = tell, failed
@@ -71,9 +79,12 @@ class Engine:
         self.packer = Packer(scheduler.max_rows, executables.table_width, executables.graph.vocab)
         self._step_seconds = 1.0  # of a decode step, on average
         self._committed = 0.0  # when the last step was; 0 after a pause
+        self._drew = 0.0  # when the last draw was there
+        self._unseen: list[tuple[float, Plan]] = []  # steps whose end nobody has waited for, and when they began
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self.mover = PageMover(executables, scheduler, spill, self._post) if scheduler.tree.lower else None
         self._reset()
         self._thread = threading.Thread(target=self._loop, name="jaxinfer-engine", daemon=True)
         self._thread.start()
@@ -184,6 +195,8 @@ class Engine:
             action()
         for sequence in tuple(self.scheduler.sequences.values()):
             self._fail(sequence, message, cause, kind)
+        if self.mover:
+            self.mover.close()
         self.state = self.history_SL = None
         self.weights = {}
 
@@ -191,7 +204,7 @@ class Engine:
         flying: Flight | None = None
         while True:
             with self._wake:
-                while not (self._inbox or self._closing or flying or self.scheduler.sequences):
+                while not (self._inbox or self._closing or flying or not self.scheduler.idle):
                     self._wake.wait()
                 actions, closing = tuple(self._inbox), self._closing
                 self._inbox.clear()
@@ -205,15 +218,20 @@ class Engine:
                     plan = flying.plan
                     self._commit(flying)
                     plan = flying = None
+                if self.mover:
+                    self.mover.open()
                 plan = self.scheduler.plan(self._steps(), self._rungs())
+                if plan is None:
+                    self._move(self.scheduler.moves())
                 if plan and flying and not self._is_ready(plan):
                     plan, late = flying.plan, plan
                     self._commit(flying)  # nobody should wait for a compile to see tokens that are there
                     plan, flying = late, None
                 ahead = self._dispatch(plan) if plan else None
                 last, flying = flying, ahead
-                self._committed *= bool(last)
-                if last:
+                if last is None:  # a pause
+                    self._committed, self._unseen = 0.0, []
+                else:
                     plan = last.plan
                     self._commit(last)
                 if ahead and ahead.tokens is None:
@@ -287,7 +305,9 @@ class Engine:
             flight.tokens.copy_to_host_async()
             return flight
         if plan.task == "draw":
-            self.state, flight.logits_RV = find.get(Key("forward", bucket), real, bucket.tokens)(*first)
+            step = find.get(Key("forward", bucket), real, bucket.tokens)
+            flight.began = time.perf_counter()
+            self.state, flight.logits_RV = step(*first)
         elif plan.task == "embed":
             self.state, *flight.read = find.get(Key("embed", bucket), real, bucket.tokens)(*first)
             flight.tokens = np.zeros(bucket.rows, np.int32)
@@ -323,13 +343,8 @@ class Engine:
         return plan, run, Flight(plan, rows, remember_R, (), self.scheduler.fancy > 0)
 
     def _keep_house(self, plan: Plan) -> None:
-        """Before the step: copy pages that are forked, and write down the tokens of who wants them looked at."""
-        for at in range(0, len(plan.copies), COPIES):
-            sources = {g.name: np.zeros(COPIES, np.int32) for g in self.scheduler.groups}
-            targets = {g.name: np.full(COPIES, g.pages, np.int32) for g in self.scheduler.groups}
-            for i, (name, source, target) in enumerate(plan.copies[at:at + COPIES]):
-                sources[name][i], targets[name][i] = source, target
-            self.state = self.executables.get(Key("copy"))(self.state, sources, targets)
+        """Before the step: move pages, and write down the tokens of who wants them looked at."""
+        self._move(plan.moves)
         for began in plan.began:
             if began.sampling.edits and began.sequence in self.scheduler.sequences:
                 tokens_L = np.full(self.executables.max_context, self.executables.graph.vocab, np.int32)
@@ -338,6 +353,23 @@ class Engine:
                     self.history_SL = self.executables.empty("history_SL")
                 self.history_SL = self.executables.get(Key("history"))(
                     self.history_SL, np.int32(began.slot), tokens_L)
+
+    def _move(self, moves: list[Move]) -> None:
+        """Copy pages that are forked; send pages down that are evicted, and bring back others."""
+        for kind, alike in groupby(moves, itemgetter(0)):
+            if kind == "copy":
+                self._copy(list(alike))
+            else:
+                assert self.mover is not None
+                self.state = self.mover.move(kind, list(alike), self.state)
+
+    def _copy(self, moves: list[Move]) -> None:
+        for at in range(0, len(moves), COPIES):
+            sources = {g.name: np.zeros(COPIES, np.int32) for g in self.scheduler.groups}
+            targets = {g.name: np.full(COPIES, g.pages, np.int32) for g in self.scheduler.groups}
+            for i, (_, name, source, target) in enumerate(moves[at:at + COPIES]):
+                sources[name][i], targets[name][i] = source, target
+            self.state = self.executables.get(Key("copy"))(self.state, sources, targets)
 
     def _targets(self, plan: Plan, bucket: Bucket) -> np.ndarray:
         """The token after each token of the only row."""
@@ -407,6 +439,8 @@ class Engine:
         if self._committed and plan.singles == len(plan.ids):
             self._step_seconds += 0.3 * ((now - self._committed) / plan.steps - self._step_seconds)
         self._committed = now
+        if self.mover:
+            self._time_reading(flight, now)
         told = None
         if logprobs is not None:
             told = {id: (logprobs, row) for id, row in zip(plan.ids, flight.rows.tolist(), strict=True)}
@@ -420,9 +454,25 @@ class Engine:
         if len(self.weights) > 1:
             self._forget_weights()
 
+    def _time_reading(self, flight: Flight, now: float) -> None:
+        """Measure what a token of a prompt takes. Nobody waits for a chunk after which nothing is drawn: it is timed
+        together with those that follow it."""
+        assert self.mover is not None
+        self._unseen.append((flight.began, flight.plan))
+        if not any(flight.plan.draws):
+            return
+        steps, self._unseen = self._unseen, []
+        start, self._drew = max(self._drew, steps[0][0]), now
+        tokens = sum(len(plan.tokens) for _, plan in steps)
+        reading = all(plan.singles < len(plan.ids) and plan.task == "draw" for _, plan in steps)
+        if reading and tokens >= self.scheduler.tree.page_size:
+            self.mover.costs.note("token", (now - start) / tokens)
+
     def _forget_weights(self) -> None:
-        used = {self.scheduler.version, *(s.version for s in self.scheduler.sequences.values())}
+        used = self.scheduler.keep_versions()
         self.weights = {version: params for version, params in self.weights.items() if version in used}
+        if self.mover:
+            self.mover.sweep()
 
     def _look_at(self, drawn: list[Drawn]) -> list[Drawn]:
         """Fail who could not draw, and tell grammars what was drawn."""
@@ -463,6 +513,8 @@ class Engine:
             failure.__cause__ = error
             self.queue.leave([sequence.id])
             self.failed(sequence, failure)
+        if self.mover:
+            self.mover.forget()
         if self.weights:  # else it has lain down, and has no pages
             self._reset()
 

@@ -35,6 +35,7 @@ from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.memory import held
 from jaxinfer.runtime.pack import check
+from jaxinfer.runtime.prefix_tiers import PrefixTiers, added
 from jaxinfer.runtime.ring import Ring
 from jaxinfer.runtime.shards import Front, Shard
 from jaxinfer.runtime.startup import Startup
@@ -221,6 +222,12 @@ class LanguageModel(Living):
     def tiers(self) -> Tiers | None:
         """Where the weights lie if they are streamed (`load(device_memory=...)`); None if all are on the device."""
         return None if self._ring is None else self._ring.tiers
+
+    @property
+    def prefix_tiers(self) -> PrefixTiers | None:
+        """The KV pages that the host and the disk keep of earlier prompts and answers, how often they were found, and
+        what that takes, as it was measured (`load(prefix_host_memory=...)`); None if none are kept there."""
+        return added(shard.engine.mover for shard in self._front.shards)
 
     @property
     def timeline(self) -> Timeline | None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from multiprocessing.connection import Connection
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +20,7 @@ from jaxinfer.compiler import Executables, Key
 from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.compiler.placement import Placement, spread
 from jaxinfer.compiler.streamed import Streamed
-from jaxinfer.errors import InvalidOption
+from jaxinfer.errors import InvalidOption, OutOfMemory
 from jaxinfer.frontend.catalog import resolve
 from jaxinfer.frontend.checkpoint import Checkpoint, open_checkpoint
 from jaxinfer.frontend.folder import save_folder
@@ -38,11 +38,21 @@ from jaxinfer.runtime.followers import PARAMS, Follower, Leader, meet
 from jaxinfer.runtime.language import LanguageModel
 from jaxinfer.runtime.load_stateless import load_encoder, load_onnx_endpoint
 from jaxinfer.runtime.pinned import page_lock
+from jaxinfer.runtime.prefix_tiers import MOVING
+from jaxinfer.runtime.prefix_tiers import places as prefix_places
 from jaxinfer.runtime.ring import Ring
 from jaxinfer.runtime.shapes import Streaming, shapes_of
 from jaxinfer.runtime.shards import Shard
 from jaxinfer.runtime.startup import Startup
 from jaxinfer.scheduler import Scheduler
+
+
+class Prefixes(NamedTuple):
+    """Bytes for prefix pages below the device."""
+
+    host: int
+    disk: int
+
 
 KV_CACHE_DTYPES = (*origin.DTYPES, *FORMATS)
 MAX_ROWS = 32
@@ -54,6 +64,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
          dtype: str | None = None, max_context: int | None = None, max_rows: int = MAX_ROWS,
          max_waiting: int = MAX_WAITING, max_waiting_tokens: int = MAX_WAITING_TOKENS, batch_invariant: bool = False,
          memory: int | str | None = None, device_memory: int | str | None = None, host_memory: int | str | None = None,
+         prefix_host_memory: int | str = 0, prefix_disk_memory: int | str = 0,
          device: str | jax.Device | None = None, quantize: str | None = None, kv_cache_dtype: str | None = None,
          known: Mapping[str, Any] | None = None, mesh: Mapping[str, int] | None = None,
          kernels: Mapping[str, str] | None = None) -> Any:
@@ -82,6 +93,11 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     is free; on a CPU, whose memory is the device's, nothing. KV pages take up to a quarter of `device_memory`. Such a
     model can do all that others can but have its weights swapped or saved, or run on a mesh; `lm.tiers` and
     `lm.timeline` tell what lies where, and what happened when.
+    `prefix_host_memory`, `prefix_disk_memory`: bytes for KV pages of earlier prompts and answers that the device has no
+    room for, as `memory`; 0 for none. They go to the host's memory, and to a file without a name in the directory of
+    our caches, and come back for whoever begins alike where that takes less time than reading the tokens again, as
+    both are measured: `lm.prefix_tiers` tells. The disk wants the host as well, through which its pages come. On a mesh
+    they are shared by the data shards.
     `device`: "cpu", "gpu", "tpu" (the first of its kind, "gpu:1" the second), or a `jax.Device`; by default JAX's
     first.
     `quantize`: matrices are held in fewer bits, rounded while they are read; position tables, classifiers, norms and
@@ -113,12 +129,15 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     if memory is not None:
         planning.parse_bytes(memory)  # before anything is downloaded
     stream = _streaming(memory, device_memory, host_memory, mesh)
+    prefixes = _prefixes(prefix_host_memory, prefix_disk_memory)
     compiler.enable()
+    if prefixes.host and jax.process_count() > 1:
+        raise InvalidOption("prefix_host_memory is given; pages of several processes' devices are kept nowhere else")
     meshes, path = find_meshes(mesh, device), resolve(source)
     forced = _forced(kernels, batch_invariant, find_device(device).platform)
     if path.suffix == ".onnx":
         _only_for_language(MAX_ROWS, max_waiting_tokens, batch_invariant, memory, stream, mesh, kernels,
-                           kv_cache_dtype, "an ONNX file")
+                           kv_cache_dtype, prefixes, "an ONNX file")
         if any(given is not None for given in (graph, dtype, max_context, quantize)):
             raise InvalidOption("graph, dtype, max_context and quantize are not for an ONNX file, which says these "
                                 "itself")
@@ -133,7 +152,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     forced = {**FORCED.get(quantize, {}), **forced}
     if isinstance(model, Encoder):
         _only_for_language(max_rows, max_waiting_tokens, batch_invariant, memory, stream, mesh, kernels,
-                           kv_cache_dtype, "an encoder")
+                           kv_cache_dtype, prefixes, "an encoder")
         return load_encoder(checkpoint, config, model, origin.tokenizer_of(checkpoint), quantize=quantize,
                             dtype=origin.dtype_of(checkpoint, dtype), max_waiting=max_waiting,
                             device=find_device(device))
@@ -146,7 +165,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         events.emit(events.Replicated(axis, why))
     ladder, chunks, groups, given, tiers = shapes_of(
         model, places, number, max_context=context, max_rows=max_rows, quantize=quantize, forced=forced,
-        kv_cache_dtype=kv_cache_dtype, batch_invariant=batch_invariant, memory=memory, stream=stream)
+        kv_cache_dtype=kv_cache_dtype, batch_invariant=batch_invariant, memory=memory, stream=stream,
+        moving=MOVING if prefixes.host else 0)
     aliased = places[0].device.platform == "cpu"  # it computes from the host's memory where it lies
     with ExitStack() as undo:
         others = None if places[0].is_local else meet()
@@ -155,7 +175,13 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         if tiers is not None:
             ring = undo.enter_context(closing(Ring(model, tiers, places[0].device, aliased)))
             kind, put = partial(Streamed, ring), ring.put
-        each = [undo.enter_context(closing(kind(model, ladder, device=place, **given))) for place in places]
+        each = [undo.enter_context(closing(kind(model, ladder, device=place, tiered=prefixes.host > 0, **given)))
+                for place in places]
+        kept = []
+        for executables in each:
+            kept.append(prefix_places(executables, groups, *(size // len(each) for size in prefixes)))
+            if kept[-1] and kept[-1].spill:
+                undo.enter_context(closing(kept[-1].spill))
         first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
         for executables in each:  # while the weights are read
             executables.prepare(Key("zeros"), Key("greedy", first.rows), Key("forward", first))
@@ -172,7 +198,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         if ring is not None:
             ring.start(params, params.pop("blocks"))
         for executables in each:  # while the first prompt runs
-            executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"))
+            executables.prepare(Key("forward", then), Key("greedy", then.rows), Key("copy"), *executables.moving)
             if places[0].device.platform != "cpu":  # where steps run on the cores that this takes, 0.7 s a program
                 executables.fetch_all()
         if isinstance(others, Connection):
@@ -181,15 +207,16 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         if isinstance(each[0], Leader):
             each[0].keep(PARAMS, params)
         eos, shards = origin.eos_of(checkpoint, tokenizer), []
-        for executables, place in zip(each, places, strict=True):
+        for executables, place, below in zip(each, places, kept, strict=True):
             delivery = undo.enter_context(closing(Delivery(tokenizer)))
             scheduler = Scheduler(groups, max_rows=max_rows, chunk=ladder.chunk, chunks=chunks, budget=ladder.budget,
-                                  rungs=ladder.rungs, again=ladder.again)
+                                  rungs=ladder.rungs, again=ladder.again, **(below.pages if below else {}))
             if place is not places[0]:
                 params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, executables.params))
             with startup.phase("pages"):
                 engine = Engine(executables, scheduler, params, delivery.tell, delivery.failed,
-                                max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
+                                max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens,
+                                spill=below.spill if below else None)
             shards.append(Shard(undo.enter_context(closing(engine)), delivery))
         undo.pop_all()
     save = partial(save_folder, spec=model.spec, checkpoint=checkpoint, tokenizer=tokenizer,
@@ -210,6 +237,19 @@ def _streaming(memory: Any, device_memory: Any, host_memory: Any, mesh: Any) -> 
                                 f"device_memory is: leave {name} out, or device_memory")
     sized = lambda value, name: None if value is None else planning.parse_bytes(value, name)
     return Streaming(planning.parse_bytes(device_memory, "device_memory"), sized(host_memory, "host_memory"))
+
+
+def _prefixes(host_memory: Any, disk_memory: Any) -> Prefixes:
+    """What `prefix_host_memory` and `prefix_disk_memory` ask for, in bytes."""
+    sized = lambda value, name: 0 if type(value) is int and value == 0 else planning.parse_bytes(value, name)
+    found = Prefixes(sized(host_memory, "prefix_host_memory"), sized(disk_memory, "prefix_disk_memory"))
+    if found.disk and not found.host:
+        raise InvalidOption("prefix_disk_memory is given; its pages come through the host's memory: give "
+                            "prefix_host_memory as well")
+    if found.host > (free := planning.host_memory()):
+        raise OutOfMemory(f"prefix_host_memory is {planning.mib(found.host)}, of which the host has "
+                          f"{planning.mib(free)} free; nothing was loaded. Give less, and a prefix_disk_memory.")
+    return found
 
 
 def check_sizes(dtype: Any, kv_cache_dtype: Any, quantize: Any, max_context: Any, max_rows: Any) -> None:
@@ -245,12 +285,13 @@ def _check_taken(op: str, how: str, taken: list[str]) -> None:
 
 
 def _only_for_language(max_rows: int, max_waiting_tokens: int, batch_invariant: bool, memory: Any, stream: Any,
-                       mesh: Any, kernels: Any, kv_cache_dtype: Any, what: str) -> None:
+                       mesh: Any, kernels: Any, kv_cache_dtype: Any, prefixes: Prefixes, what: str) -> None:
     wrong = [name for name, given in (
         ("max_rows", max_rows != MAX_ROWS), ("max_waiting_tokens", max_waiting_tokens != MAX_WAITING_TOKENS),
         ("batch_invariant", batch_invariant), ("memory", memory is not None), ("device_memory", stream is not None),
         ("mesh", mesh is not None),
-        ("kernels", kernels), ("kv_cache_dtype", kv_cache_dtype is not None)) if given]
+        ("kernels", kernels), ("kv_cache_dtype", kv_cache_dtype is not None),
+        ("prefix_host_memory", prefixes.host), ("prefix_disk_memory", prefixes.disk)) if given]
     if wrong:
         raise InvalidOption(f"{', '.join(wrong)} cannot be given for {what}; they are for language models")
 

@@ -41,11 +41,12 @@ class Shapes(NamedTuple):
 
 def shapes_of(model: Graph, places: Sequence[Placement], dtype: Any, *, max_context: int, max_rows: int,
               quantize: str | None, kv_cache_dtype: str | None, batch_invariant: bool, memory: int | str | None,
-              forced: Mapping[str, str], stream: Streaming | None = None,
+              forced: Mapping[str, str], stream: Streaming | None = None, moving: int = 0,
               programs: Callable[..., Executables] = Executables) -> Shapes:
     """The ladder, and as many pages as there is memory for. The arithmetic of `planning.needs` says how many, so that
-    they are as many on every machine; where its estimate of temporaries is all that stands in the way, the compiler is
-    asked, about `programs`. Raises InvalidOption, OutOfMemory."""
+    they are as many on every machine, beside `moving` ones on their way to or from the host; where its estimate of
+    temporaries is all that stands in the way, the compiler is asked, about `programs`. Raises InvalidOption,
+    OutOfMemory."""
     budget, platform = None if memory is None else planning.parse_bytes(memory), places[0].device.platform
     with ops.tracing(platform, forced):
         chunks = ops.chunks(platform)
@@ -54,6 +55,8 @@ def shapes_of(model: Graph, places: Sequence[Placement], dtype: Any, *, max_cont
         sizes: dict[str, Any] = dict(dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_rows=max_rows,
                                      max_context=max_context, chunk=ladder.chunk, place=places[0])
         need, aliased = planning.needs(model, **sizes), platform == "cpu"
+        passing = moving * max(need.page.values())
+        need = replace(need, temporaries=need.temporaries + passing)
         params = planning.abstract_params(model, dtype, quantize)
 
         def given(groups: tuple[PageGroup, ...]) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def shapes_of(model: Graph, places: Sequence[Placement], dtype: Any, *, max_cont
                 most = CPU_PAGES // planning.sharing(places) if aliased else None
             if need.weights + need.row <= budget < need.least and places[0].is_local:
                 asked = programs(model, ladder, device=places[0], **given(need.groups(model, 1)))
-                need = replace(need, temporaries=_temporaries(asked), told="as the compiler says")
+                need = replace(need, temporaries=_temporaries(asked) + passing, told="as the compiler says")
             groups = planning.page_groups(model, **sizes, budget=budget, why=why, most=most, need=need,
                                           fits=partial(would_fit, model, sizes, budget, ladders))
         return Shapes(ladder, chunks, groups, given(groups), tiers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress
 from operator import attrgetter, eq
@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from jaxinfer.request import FinishReason, Sampling, Sequence
 from jaxinfer.scheduler.fit import fit
+from jaxinfer.scheduler.lower import Move
 from jaxinfer.scheduler.pages import PageGroup
 from jaxinfer.scheduler.prefix import PrefixTree
 
@@ -39,11 +40,10 @@ class Plan:
     """A step, in columns: row r reads `lens[r]` of the flat `tokens` at positions `starts[r]`, `starts[r]` + 1, ...
 
     `draws[r]`: the step draws the token after the row's last one; `prompts[r]` tokens of the row are its prompt. First
-    come the `singles` rows that read one token each (decode), then the prompt chunks. Before the step, `copies`
-    (group, from page, to page) are made and `pages` (group, slot, index, page) enter the tables; `began` are new in
-    their slots. A plan of several `steps` draws that many tokens for each of its rows. The single rows in `turns` fill
-    a page, or draw their last token. `task` is what its prompts are read for. All rows run on one `version` of the
-    weights.
+    come the `singles` rows that read one token each (decode), then the prompt chunks. Before the step, `moves` are
+    made, in order, and `pages` (group, slot, index, page) enter the tables; `began` are new in their slots. A plan of
+    several `steps` draws that many tokens for each of its rows. The single rows in `turns` fill a page, or draw their
+    last token. `task` is what its prompts are read for. All rows run on one `version` of the weights.
 
     A decode step of the same rows as the one before has the same list objects in the columns that stay the same.
     """
@@ -60,7 +60,7 @@ class Plan:
     draws: list[bool] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     pages: list[tuple[str, int, int, int]] = field(default_factory=list)
-    copies: list[tuple[str, int, int]] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
     began: list[Began] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     version: int = 0
@@ -100,13 +100,15 @@ class Scheduler:
     gives its pages back and is read again later, as far as nobody has taken what the prefix tree kept of it.
 
     Steps that read prompts are padded to `rungs`: of their prompts' tokens, or of all tokens where any number of chunks
-    goes; one more step costs as much as `again` tokens (`fit`).
+    goes; one more step costs as much as `again` tokens (`fit`). `host` and `disk` are the pages of each group that are
+    kept there once the device has no room for them (`Lower`).
     """
 
     def __init__(self, groups: Iterable[PageGroup], *, max_rows: int, chunk: int, budget: int | None = None,
-                 chunks: int | None = 0, rungs: Iterable[int] = (), again: int = 0):
+                 chunks: int | None = 0, rungs: Iterable[int] = (), again: int = 0,
+                 host: Mapping[str, int] | None = None, disk: Mapping[str, int] | None = None):
         self.groups = tuple(groups)
-        self.tree = PrefixTree(self.groups)
+        self.tree = PrefixTree(self.groups, host, disk)
         self.max_rows, self.chunk, self.chunks = max_rows, chunk, chunks
         self.budget = budget or (max(chunk, max_rows) if chunks == 0 else chunk + max_rows)
         self.prompts = max_rows if chunks is None else max(1, chunks)  # that one step may read
@@ -128,6 +130,7 @@ class Scheduler:
         self._due: list[int] = []  # where in its sequence each of them has its next turn
         self._refused: tuple | None = None
         self._fitting: list[int] = []  # the rungs that the next step may be made to fit
+        self._fetching: Sequence | None = None  # for whom pages are read from the disk
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of this many tokens could run if it were alone."""
@@ -157,6 +160,15 @@ class Scheduler:
             self._turned = {version: max(self._turned.values())}
         self._decoding = None
 
+    def keep_versions(self) -> set[int]:
+        """The versions of the weights that somebody runs on, or will. What is known of others' pages is forgotten:
+        nobody could ask for it."""
+        used = {self.version, *(sequence.version for sequence in self.sequences.values())}
+        for space in self.tree.namespaces:
+            if space[0] not in used:
+                self.tree.forget(space)
+        return used
+
     def cancel(self, id: int, reason: FinishReason = "cancelled") -> Sequence | None:
         """End a sequence now, wherever it is; None if it had ended already."""
         sequence = self.sequences.get(id)
@@ -164,10 +176,16 @@ class Scheduler:
             self._end(sequence, reason)
         return sequence
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do until somebody comes, or what is read from the disk does."""
+        first = self.waiting[0] if self.waiting else None
+        return not self.sequences or (not self.running and first is not None and first is self._fetching)
+
     def plan(self, steps: int = 1, ready: Container[int] = ()) -> Plan | None:
-        """The next step, or None when there is nothing to do (until a commit or a submission). `steps` > 1 asks for as
-        many decode steps in one, which is granted when nobody waits and every row will draw so many tokens. `ready`
-        are the rungs that a step may be made to fit."""
+        """The next step, or None when there is nothing to do (until a commit or a submission); `moves` may be left to
+        be made even then. `steps` > 1 asks for as many decode steps in one, which is granted when nobody waits and
+        every row will draw so many tokens. `ready` are the rungs that a step may be made to fit."""
         plan = Plan(self.steps + 1)
         self._fitting = [size for size in self.rungs if size in ready]
         self._index_prompts()
@@ -177,8 +195,22 @@ class Scheduler:
             if plan.ids:
                 self.steps, self._last = plan.number, plan
                 self._turned[plan.version] = plan.number, plan.singles > 0
+                plan.moves = self.moves()
                 return plan
         return None
+
+    def moves(self) -> list[Move]:
+        """What is to be moved, which is told once."""
+        moves = list(self.tree.moves)
+        self.tree.moves.clear()
+        return moves
+
+    def arrived(self, group: str, there: int, slot: int) -> None:
+        """A page has been read from its place on the disk to one on the host, or cannot be: then the disk is closed."""
+        assert self.tree.lower is not None
+        self.tree.lower.arrived(group, there, slot)
+        if not self.tree.lower.reading:
+            self._fetching = None
 
     def _turns(self) -> list[int]:
         """The versions of those running, the one whose turn is the longest ago first."""
@@ -219,8 +251,10 @@ class Scheduler:
         room = (sequence.id, len(self.running), *(self.tree.obtainable(group.name) for group in self.groups))
         if room == self._refused:
             return False
-        match = None
-        if sequence.namespace is not None and sequence.task == "draw":
+        match, shares = None, sequence.namespace is not None and sequence.task == "draw"
+        if shares and self.tree.lower and self._fetch(sequence):
+            return False
+        if shares:
             match = self.tree.match(sequence.space, sequence.tokens, len(sequence.tokens) - 1)
         if match and match.copies and not all(self.tree.obtainable(group.name) for group in self.groups):
             self._forget(match)  # the one page left is that to be copied
@@ -241,10 +275,15 @@ class Scheduler:
 
     def _forget(self, match) -> None:
         if match:
-            for name, pages in match.pages.items():
-                self.tree.release(name, pages)
-            for name, page in match.copies:
-                self.tree.release(name, (page,))
+            self.tree.give_up(match)
+
+    def _fetch(self, sequence: Sequence) -> bool:
+        """Whether a sequence waits for pages from the disk, of which it is asked once."""
+        if self._fetching is None and not sequence.fetched:
+            sequence.fetched = True
+            if self.tree.fetch(sequence.space, sequence.tokens, len(sequence.tokens) - 1):
+                self._fetching = sequence
+        return self._fetching is sequence
 
     def _place(self, plan: Plan, sequence: Sequence, match) -> None:
         """Give a sequence its slot, and the pages whose contents are known already."""
@@ -260,7 +299,10 @@ class Scheduler:
         sequence.node, sequence.indexed, sequence.known = None, 0, 0
         if len(sequence.tokens) > sequence.prompt:
             sequence.task = "draw"  # what its prompt was to be read for was told with its first token
+        if match and match.again:
+            self.tree.lower.decline(match.again)  # type: ignore[union-attr]
         if match and match.length:
+            self.tree.bring(match)
             sequence.node = match.node
             for name, held in match.pages.items():
                 sequence.pages[name] = held
@@ -280,7 +322,7 @@ class Scheduler:
         for name, source in match.copies:
             own, held = self.tree.take(name), sequence.pages[name]
             plan.pages.append((name, sequence.slot, len(held), own))  # type: ignore[arg-type]
-            plan.copies.append((name, source, own))  # type: ignore[arg-type]
+            self.tree.moves.append(("copy", name, source, own))  # type: ignore[arg-type]
             held.append(own)
             self.tree.release(name, (source,))
 
@@ -530,7 +572,7 @@ class Scheduler:
         for sequence in self.waiting:
             sequence.total, sequence.known = len(sequence.tokens), 0
         self.tree.clear()
-        self._last = self._refused = None
+        self._last = self._refused = self._fetching = None
         return ended
 
     def _preempt(self, sequence: Sequence) -> None:
