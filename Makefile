@@ -13,6 +13,10 @@ comma := ,
 # What compiles for TPUs and GPUs without one does on any Linux x86-64 machine, and exists nowhere else.
 ON_LINUX := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 EXTRAS := [test,notebook$(if $(ON_LINUX),$(comma)tpu)]
+# Each test process compiles our code and the tests' anew where Python is told to write no bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+# Each worker takes neighbours, so that what a file's tests share is made once; who is done takes half of another's rest.
+WORKERS := -n $(JOBS) --dist worksteal
 # One compile cache for all test processes: a shape that one has compiled, the others read.
 TEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 ONNX := $(wildcard tests/test_onnx*.py)
@@ -42,11 +46,11 @@ types: .venv/.test ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test-fast: .venv/.test ## tests on the newest Python and JAX, without peers
-	$(TEST) $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu and not gpu and not long" \
+	$(TEST) $(BIN)/pytest $(WORKERS) -m "not parity and not tpu and not gpu and not long" \
 	  --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
 
 test-parity: .venv-peers/.test ## comparisons with transformers, and the core tests on the oldest Python and JAX
-	OMP_NUM_THREADS=1 $(TEST) $(PEERS)/pytest -n $(JOBS) -m "not tpu and not long" \
+	OMP_NUM_THREADS=1 $(TEST) $(PEERS)/pytest $(WORKERS) -m "not tpu and not long" \
 	  tests/parity $(wildcard $(OLDEST:%=tests/test_%.py))
 
 test-tpu: .venv/.test ## compile for TPU without one; one process, libtpu's lock allows no more
@@ -56,16 +60,16 @@ test-gpu: .venv/gpu/.test ## compile for a GPU without one
 	PYTHONPATH=.venv/gpu $(TEST) $(BIN)/pytest -m gpu tests/test_gpu_compile.py
 
 test-onnx: .venv/.test ## ONNX's own backend suite, and real models beside onnxruntime
-	$(TEST) $(BIN)/pytest -n $(JOBS) $(ONNX)
+	$(TEST) $(BIN)/pytest $(WORKERS) $(ONNX)
 
 test-doctests: .venv/.test ## the examples in docstrings
 	$(TEST) $(BIN)/pytest --doctest-modules --pyargs jaxinfer jaxinfer.graphs
 
 test-notebooks: .venv/.test ## execute every notebook
-	$(TEST) $(BIN)/pytest -n $(JOBS) tests/test_notebooks.py
+	$(TEST) $(BIN)/pytest $(WORKERS) tests/test_notebooks.py
 
 test-long: .venv/.test ## property tests with thousands of examples
-	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest -n $(JOBS) -m "not parity and not tpu and not gpu" --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
+	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest $(WORKERS) -m "not parity and not tpu and not gpu" --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
 
 bench: .venv/.test .venv-peers/.test .venv-serve/.bench ## our speed beside our peers' (builds llama.cpp from source the first time)
 	@$(PEERS)/python -c "import llama_cpp" 2>/dev/null || $(PEERS)/python -m pip install -q llama-cpp-python==0.3.36

@@ -15,7 +15,7 @@ import pytest
 import jaxinfer as ji
 from jaxinfer import events
 
-pytestmark = [pytest.mark.parity, pytest.mark.smollm2, pytest.mark.xdist_group("smollm2")]
+pytestmark = [pytest.mark.parity, pytest.mark.smollm2]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ from jaxinfer import events
 from jaxinfer.errors import RequestFailed
 from tests.running import all_free, eventually, hooked
 
-pytestmark = [pytest.mark.parity, pytest.mark.smollm2, pytest.mark.xdist_group("smollm2")]
+pytestmark = [pytest.mark.parity, pytest.mark.smollm2]
 PROMPTS = ["The sky is blue because", "Once upon a time there was a", "def fibonacci(n):\n", "Привет! Как", "Once upon"]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytestmark = [pytest.mark.parity, pytest.mark.smollm2, pytest.mark.xdist_group("smollm2")]
+pytestmark = [pytest.mark.parity, pytest.mark.smollm2]
 torch = pytest.importorskip("torch")
 PROMPTS = [
     "The sky is blue because", "Once upon a time there was a", "The capital of France is", "def fibonacci(n):\n",
