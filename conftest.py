@@ -32,6 +32,15 @@ def strict() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def in_haste() -> Iterator[None]:
+    """Programs are compiled without most of LLVM's optimisations, in half the time: for files that compile much, run it
+    a few times, and promise nothing of the last bits."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF: $JAXINFER_SMOLLM2, or what the catalog has or fetches."""

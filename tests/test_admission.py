@@ -15,6 +15,8 @@ from jaxinfer.runtime import language
 from jaxinfer.runtime.delivery import Ticket
 from tests.running import all_free, blocked, endings, eventually, held, hooked
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 ROWS, WAITING, TOKENS = 2, 4, 100
 
 

@@ -16,6 +16,8 @@ from jaxinfer.request import Output, Piece, Timings
 from jaxinfer.runtime.answer import Answer
 from tests.running import all_free, blocked, endings, eventually
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 ASK = dict(max_tokens=12, ignore_eos=True, logprobs=1)
 LONG = dict(max_tokens=240, ignore_eos=True)
 

@@ -15,7 +15,8 @@ from tests.onnx_backend import JaxinferBackend, modes
 
 os.environ["ONNX_MODELS"] = tempfile.mkdtemp()  # where the suite writes the inputs of its real models
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the suite makes infinities on purpose
+# The suite makes infinities on purpose.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("in_haste")]
 
 # What is left out of the suite, by category: a regular expression of test names, and the reason.
 EXCLUDED = {

@@ -24,6 +24,8 @@ from jaxinfer.runtime.memory import held
 from tests.encoding import Bucket, encode_run, logits_run
 from tests.running import retries, seen_events
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 CONFIG = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "vocab_size": 40, "hidden_size": 32,
           "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64,
           "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
