@@ -387,7 +387,8 @@ def test_a_second_failure_ends_only_those_of_that_batch(lm, undisturbed):
 # Nothing is left.
 
 
-REQUESTS, WAVE = 10_000, 500
+WAVE = 250
+WAVES = 40 if settings.default.max_examples > 100 else 10  # ten thousand requests in make test-long
 KINDS = (Sequence, Answer, Ticket, Piece)
 
 
@@ -399,11 +400,11 @@ def census():
     return {kind.__name__: kinds[kind] for kind in KINDS}, len(jax.live_arrays()), rss
 
 
-def test_ten_thousand_requests_end_once_each_and_leave_nothing(tiny_path):
+def test_thousands_of_requests_end_once_each_and_leave_nothing(tiny_path):
     dice = random.Random(0)
     with ji.load(tiny_path, max_context=64, max_rows=32, batch_invariant=True) as lm, endings() as ended:
         reasons, counts = Counter(), []
-        for _ in range(REQUESTS // WAVE):
+        for _ in range(WAVES):
             answers = [lm.submit([dice.randrange(4, 320) for _ in range(dice.randint(1, 8))],
                                  max_tokens=dice.randint(1, 4), priority=dice.randint(-2, 2),
                                  timeout=dice.choice((None, None, 60.0, 0.02)), ignore_eos=True) for _ in range(WAVE)]
@@ -420,10 +421,10 @@ def test_ten_thousand_requests_end_once_each_and_leave_nothing(tiny_path):
             assert eventually(lambda: all_free(lm))
             del answers, answer, doomed, canceller
             counts.append(census())
-        assert eventually(lambda: len(ended) == REQUESTS)
-        assert len({e.id for e in ended}) == REQUESTS and Counter(e.reason for e in ended) == reasons
+        assert eventually(lambda: len(ended) == WAVES * WAVE)
+        assert len({e.id for e in ended}) == WAVES * WAVE and Counter(e.reason for e in ended) == reasons
         assert min(reasons[reason] for reason in ("length", "cancelled", "expired")) > 0, reasons
         assert not lm._delivery._tickets
         (kinds, arrays, rss), (kinds_then, arrays_then, rss_then) = counts[2], counts[-1]
         assert all(kinds_then[k] <= kinds[k] + 4 for k in kinds), (kinds, kinds_then)
-        assert arrays_then <= arrays + 4 and rss_then - rss < 30e6, (arrays, arrays_then, rss, rss_then)
+        assert arrays_then <= arrays + 4 and rss_then - rss < 1e7 + 5e5 * WAVES, (arrays, arrays_then, rss, rss_then)
