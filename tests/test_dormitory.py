@@ -500,16 +500,19 @@ def test_an_endpoint_keeps_deadlines_and_tells_of_failures_while_it_sleeps():
 
 @given(data=st.data())
 def test_weights_come_back_to_the_bit_from_wherever_they_were(data):
-    """Also for a device that has a memory of its own, which a CPU has not: what is put there is a copy."""
+    """Also by way of pinned memory, for a device that has a memory of its own; from the disk to such a one they come
+    through one buffer, which a CPU would take over."""
     dtypes = st.sampled_from((np.float32, jnp.bfloat16, np.int8, jnp.float8_e4m3fn, np.bool_))
     made = data.draw(st.lists(st.tuples(dtypes, st.lists(st.integers(0, 9), max_size=3)), max_size=6), "arrays")
     rng = np.random.default_rng(0)
     params = [jax.device_put(rng.normal(size=shape).astype(dtype)) for dtype, shape in made]
     before = [np.array(x) for x in params]
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in params]
-    stash = Stash(like, data.draw(st.booleans(), "aliased"), None)
+    aliased = data.draw(st.booleans(), "aliased")
+    stash = Stash(like, aliased, None)
     try:
-        for what in data.draw(st.lists(st.sampled_from(("host", "disk", "drop")), max_size=6), "moves"):
+        ways = ("host", "disk", "drop") if aliased else ("host",)
+        for what in data.draw(st.lists(st.sampled_from(ways), max_size=6), "moves"):
             if what == "host":
                 stash.copy(params)
             elif what == "disk":

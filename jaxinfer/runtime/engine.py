@@ -130,6 +130,8 @@ class Engine:
                     jax.block_until_ready(self.state)
                 self.weights, self.state, self.last_S, self.history_SL = {}, None, None, None
                 self.scheduler.rewind()
+                if self.mover:
+                    self.mover.forget()
                 gone.append(True)
 
         call_on(self._thread, self._post, let_go)
