@@ -201,7 +201,7 @@ def test_a_server_frees_its_port_and_leaves_the_callers_models_alone(double):
     assert float(double(1.0)) == 2.0
     with ji.serve(double, port=port) as again:
         assert again.url == server.url
-    assert not any(thread.name == "jaxinfer-server" for thread in threading.enumerate())
+    assert not server._thread.is_alive() and not again._thread.is_alive()
 
 
 def test_serve_takes_registries_lists_and_sources_and_closes_what_it_loaded(double, tiny_path):
