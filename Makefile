@@ -1,7 +1,7 @@
 # Every target is one command on a machine with Python >= 3.11, pip and make; it sets up what it needs first.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types test-fast test-parity test-tpu test-gpu test-onnx test-doctests test-notebooks test-long bench clean
+.PHONY: help demo test lint types test-fast test-parity test-tpu test-gpu test-onnx test-doctests test-notebooks test-serve test-long bench clean
 
 JOBS ?= 2
 # .venv has JAX for the CPU. Without this, an installed libtpu makes JAX look for a TPU, noisily.
@@ -47,14 +47,14 @@ types: .venv/.test ## pyright
 
 test-fast: .venv/.test ## tests on the newest Python and JAX, without peers
 	$(TEST) $(BIN)/pytest $(WORKERS) -m "not parity and not tpu and not gpu and not long" \
-	  --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
+	  --ignore=tests/parity --ignore=tests/clients --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
 
 test-parity: .venv-peers/.test ## comparisons with transformers, and the core tests on the oldest Python and JAX
 	OMP_NUM_THREADS=1 $(TEST) $(PEERS)/pytest $(WORKERS) -m "not tpu and not long" \
 	  tests/parity $(wildcard $(OLDEST:%=tests/test_%.py))
 
 test-tpu: .venv/.test ## compile for TPU without one; one process, libtpu's lock allows no more
-	$(TEST) $(BIN)/pytest -m "tpu and not long" --ignore=tests/parity
+	$(TEST) $(BIN)/pytest -m "tpu and not long" --ignore=tests/parity --ignore=tests/clients
 
 test-gpu: .venv/gpu/.test ## compile for a GPU without one
 	PYTHONPATH=.venv/gpu $(TEST) $(BIN)/pytest -m gpu tests/test_gpu_compile.py
@@ -68,15 +68,18 @@ test-doctests: .venv/.test ## the examples in docstrings
 test-notebooks: .venv/.test ## execute every notebook
 	$(TEST) $(BIN)/pytest $(WORKERS) tests/test_notebooks.py
 
+test-serve: .venv-clients/.test ## other people's clients against a server on this machine
+	$(TEST) .venv-clients/bin/pytest tests/clients
+
 test-long: .venv/.test ## property tests with thousands of examples
-	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest $(WORKERS) -m "not parity and not tpu and not gpu" --ignore=tests/parity --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
+	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest $(WORKERS) -m "not parity and not tpu and not gpu" --ignore=tests/parity --ignore=tests/clients --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
 
 bench: .venv/.test .venv-peers/.test .venv-serve/.bench ## our speed beside our peers' (builds llama.cpp from source the first time)
 	@$(PEERS)/python -c "import llama_cpp" 2>/dev/null || $(PEERS)/python -m pip install -q llama-cpp-python==0.3.36
 	@for file in bench/*.py; do echo "=== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean: ## remove environments and caches, not downloaded models
-	rm -rf .venv .venv-peers .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-clients .cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/.demo: pyproject.toml .ci/env
 	@.ci/env .venv main ""
@@ -88,6 +91,10 @@ clean: ## remove environments and caches, not downloaded models
 
 .venv/gpu/.test: .venv/.test
 	@.ci/env .venv/gpu beside "$(GPU)"
+	@touch $@
+
+.venv-clients/.test: pyproject.toml .ci/env
+	@.ci/env .venv-clients main "[serve,clients]"
 	@touch $@
 
 .venv-serve/.bench: pyproject.toml .ci/env

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from jaxinfer.runtime.plan import plan
     from jaxinfer.runtime.registry import Registry
     from jaxinfer.runtime.wrap import endpoint
+    from jaxinfer.serving.server import serve
 
 __version__ = "0.1.0"
 __all__ = ["Graph", "JaxinferError", "LanguageModel", "Leaf", "Output", "Piece", "Registry", "Request", "Run",
-           "Sampling", "endpoint", "inspect", "load", "plan"]
+           "Sampling", "endpoint", "inspect", "load", "plan", "serve"]
 _HOMES = {
     "errors": ("JaxinferError",), "graph": ("Graph", "Leaf", "Run"),
     "request": ("Output", "Piece", "Request", "Sampling"), "runtime.language": ("LanguageModel",),
     "runtime.load": ("load",), "runtime.plan": ("plan",), "runtime.registry": ("Registry",),
-    "runtime.wrap": ("endpoint",), "compiler.inspect": ("inspect",),
+    "runtime.wrap": ("endpoint",), "serving.server": ("serve",), "compiler.inspect": ("inspect",),
 }
 
 

@@ -1,10 +1,11 @@
-"""The command line: `jaxinfer run | chat | plan | pull | compile | cache | convert | verify | models`.
+"""The command line: `jaxinfer run | chat | serve | plan | pull | compile | cache | convert | verify | models`.
 
 Only a command that needs a model or its programs imports JAX."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -138,6 +139,48 @@ def chat(
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": "".join(said)})
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(help="Models as elsewhere, or NAME=MODEL.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    admin_port: Annotated[int | None, _option("For the administration, on 127.0.0.1; needs a token.")] = None,
+    admin_token: Annotated[Path | None, _option("File with its token; or $JAXINFER_ADMIN_TOKEN.")] = None,
+    api_keys: Annotated[Path | None, _option("File with keys, one a line, of which a client needs one; or "
+                                             "$JAXINFER_API_KEYS, with blanks between.")] = None,
+    certificate: Annotated[Path | None, _option("PEM file, for TLS.")] = None,
+    private_key: Annotated[Path | None, _option("PEM file, for TLS.")] = None,
+    max_body: Annotated[int | None, _option("Bytes of a request's body.")] = None,
+    request_timeout: Annotated[float | None, _option("Seconds that a request may take.")] = None,
+    grace: Annotated[float | None, _option("Seconds that what runs may go on for after SIGTERM.")] = None,
+    dtype: DType = None,
+    quantize: Quantize = None,
+    kv_cache_dtype: KvCacheDtype = None,
+    max_context: MaxContext = None,
+    max_rows: MaxRows = None,
+    max_waiting: Annotated[int | None, _option("Requests that may wait; one more is told to come later.")] = None,
+    memory: Memory = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    device: Device = None,
+) -> None:
+    """Serve MODELS to OpenAI's clients, under http://HOST:PORT/v1, until Ctrl-C or SIGTERM.
+
+    Options of loading are for each of them."""
+    from jaxinfer.serving.command import serve
+    from jaxinfer.serving.settings import Settings
+
+    options = _given(dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype, max_context=max_context,
+                     max_rows=max_rows, max_waiting=max_waiting, memory=memory, device_memory=device_memory,
+                     host_memory=host_memory, device=device)
+    settings = Settings(**_given(
+        host=host, port=port, admin_port=admin_port, admin_token=_secret(admin_token, "JAXINFER_ADMIN_TOKEN") or None,
+        api_keys=tuple(_secret(api_keys, "JAXINFER_API_KEYS").split()), certificate=certificate,
+        private_key=private_key, max_body=max_body, request_timeout=request_timeout, grace=grace))
+    with shown():
+        sys.exit(serve(models, settings, options, lambda text: typer.echo(text, err=True)))
 
 
 @app.command()
@@ -335,6 +378,14 @@ def _opened(file: Path, mode: str) -> Iterator[Any]:
         raise InvalidOption(f"file {file} cannot be opened: {error.strerror}") from error
     with stream:
         yield stream
+
+
+def _secret(file: Path | None, variable: str) -> str:
+    """What a file or else the environment holds: a command line is there for everybody on the machine to read."""
+    if file is None:
+        return os.environ.get(variable, "")
+    with _opened(file, "r") as stream:
+        return stream.read().strip()
 
 
 def _echo_table(rows: list[tuple[str, ...]]) -> None:

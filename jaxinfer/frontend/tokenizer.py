@@ -78,6 +78,12 @@ class Tokenizer:
         """A new TextStream, which takes one token at a time."""
         return TextStream(self._detokenizer, skip_special)
 
+    def spell(self, token: int) -> bytes:
+        """The bytes of one token in the middle of a text; it need not be whole characters."""
+        if self._detokenizer.spelling is None:
+            return self._detokenizer.decode([token], False).encode()
+        return self._detokenizer.spell(token, first=False)
+
     def render_chat(
         self,
         messages: Sequence[Mapping],

@@ -151,6 +151,10 @@ class TextEncoder(Served):
                 raise Closed()
             return self._save(path, params, format=format)
 
+    def tokens_of(self, text: Text) -> list[int]:
+        """The token ids of a text, as the model reads it: with its special tokens, and cut to `max_length`."""
+        return self._tokens(text).ids
+
     def warmup(self) -> None:
         """Compile every Executable now, so that no request waits for a compile afterwards."""
         self._programs.compile_all(*(b for buckets in self._work.ladder.values() for b in buckets))

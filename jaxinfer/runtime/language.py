@@ -158,19 +158,46 @@ class LanguageModel(Living):
         `pooling`: "mean" over all tokens, or the "last" token's. (After the final norm, as transformers'
         `last_hidden_state`.)
         """
+        asked = self._ask_to_embed(texts, pooling, options)
+        return _pooled([ticket for _, ticket in self._all(asked)], pooling)
+
+    async def aembed(self, texts: Ask | Iterable[Ask], *, pooling: Literal["mean", "last"] = "mean", **options: Any
+                     ) -> np.ndarray:
+        """`embed` for asyncio; where the queue is full it raises `Rejected` at once. Cancelling the task cancels the
+        requests."""
+        asked, answers = self._ask_to_embed(texts, pooling, options), list[tuple[Answer, Ticket]]()
+        try:
+            answers.extend(self._submit(one) for one in asked)
+            for answer, _ in answers:
+                await answer
+        finally:
+            for answer, _ in answers:
+                answer.cancel()
+        return _pooled([ticket for _, ticket in answers], pooling)
+
+    def _ask_to_embed(self, texts: Any, pooling: str, options: dict[str, Any]
+                      ) -> list[tuple[Request, list[Sequence]]]:
         if pooling not in ("mean", "last"):
             raise InvalidRequest(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
         how = Sampling(max_tokens=0)
-        outputs = self._all([self._ask(text, how, dict(options), task="embed")
-                             for text in _read_only(texts, options)])
-        vectors = []
-        for output, ticket in outputs:
-            assert ticket.pooled is not None
-            sum_D, last_D = ticket.pooled
-            vectors.append(sum_D / len(output.prompt_tokens) if pooling == "mean" else last_D)
-        return np.stack(vectors).astype(np.float32) if vectors else np.zeros((0, 0), np.float32)
+        return [self._ask(text, how, dict(options), task="embed") for text in _read_only(texts, options)]
 
     # Looking.
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt, as the model reads it. Raises InvalidRequest for what is none."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            ids = None if isinstance(prompt, bytes | bytearray) else [operator.index(i) for i in prompt]
+        except TypeError:
+            ids = None
+        if ids is None:
+            raise InvalidRequest(f"prompt is a {type(prompt).__name__}; it must be a string or a sequence of token ids")
+        wrong = [i for i in ids if not 0 <= i < self.graph.vocab]
+        if wrong:
+            raise InvalidRequest(f"prompt has the token id {wrong[0]}; this model's are 0 to {self.graph.vocab - 1}")
+        return ids
 
     @property
     def stats(self) -> Statistics:
@@ -336,25 +363,11 @@ class LanguageModel(Living):
         if self._ring is not None:
             raise InvalidOption("the weights are streamed: they can be neither had nor swapped; load the others anew")
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        try:
-            ids = None if isinstance(prompt, bytes | bytearray) else [operator.index(i) for i in prompt]
-        except TypeError:
-            ids = None
-        if ids is None:
-            raise InvalidRequest(f"prompt is a {type(prompt).__name__}; it must be a string or a sequence of token ids")
-        wrong = [i for i in ids if not 0 <= i < self.graph.vocab]
-        if wrong:
-            raise InvalidRequest(f"prompt has the token id {wrong[0]}; this model's are 0 to {self.graph.vocab - 1}")
-        return ids
-
     def _ask(self, prompt: Ask, sampling: Sampling | None, options: dict[str, Any], task: str = ""
              ) -> tuple[Request, list[Sequence]]:
         """What is asked for, with nothing in it that could not be served."""
         request = (prompt if isinstance(prompt, Request) else Request(prompt)).but(sampling, **options)
-        sampling, tokens = request.sampling, self._encode(request.prompt)
+        sampling, tokens = request.sampling, self.tokens_of(request.prompt)
         if not tokens:
             raise InvalidRequest("prompt is empty: there is no token to continue from; give at least one")
         task = task or ("draw" if sampling.prompt_logprobs is None else "score")
@@ -467,6 +480,15 @@ def _read_only(texts: Any, options: dict[str, Any]) -> list[Any]:
     if wrong:
         raise InvalidRequest(f"unknown options {wrong}; nothing is drawn here, and known are {list(REQUEST_OPTIONS)}")
     return many
+
+
+def _pooled(tickets: list[Ticket], pooling: str) -> np.ndarray:
+    vectors = []
+    for ticket in tickets:
+        assert ticket.pooled is not None
+        sum_D, last_D = ticket.pooled
+        vectors.append(sum_D / len(ticket.prompt) if pooling == "mean" else last_D)
+    return np.stack(vectors).astype(np.float32) if vectors else np.zeros((0, 0), np.float32)
 
 
 def _many(prompts: Any) -> list[Any]:

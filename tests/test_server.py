@@ -1,0 +1,289 @@
+"""A server from outside: keys, limits, TLS, what is logged, how it starts and how it stops."""
+
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import pytest
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+import jaxinfer as ji
+from jaxinfer.errors import InvalidOption, ModelNotFound
+from jaxinfer.serving import app
+from jaxinfer.serving.settings import Settings
+from jaxinfer.serving.site import Part
+from tests.running import eventually
+from tests.serving import client, events
+
+PROGRAM = [sys.executable, "-c", "from jaxinfer.cli import main; main()"]
+TINY = ["--max-context", "256", "--max-rows", "1"]
+
+
+def constant():
+    return ji.endpoint(lambda x: x + 1, example=0.0, max_batch=2)
+
+
+@pytest.fixture
+def double():
+    with constant() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def http():
+    with constant() as endpoint, ji.serve({"double": endpoint}, port=0) as server, client(server) as http:
+        yield http
+
+
+# --- who may ask, and how much ---
+
+
+def test_keys_open_the_door_and_probes_need_none(double, monkeypatch):
+    probe = Part(routes=[Route("/livez", lambda _: PlainTextResponse("alive"))])
+    monkeypatch.setattr(app, "PARTS", (*app.PARTS, lambda _: probe))
+    with ji.serve(double, port=0, api_keys=["first", "second"]) as server:
+        for key, status in ((None, 401), ("third", 401), ("firs", 401), ("first", 200), ("second", 200)):
+            with client(server, key) as http:
+                response = http.get("/v1/models")
+                assert response.status_code == status
+                assert http.get("/livez").text == "alive"
+        assert response.json()["data"]
+        with client(server) as http:
+            refused = http.get("/v1/models")
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+            assert refused.headers["www-authenticate"] == "Bearer"
+            assert http.get("/v1/models", headers={"Authorization": "Basic first"}).status_code == 401
+
+
+def test_bodies_are_limited_in_bytes_and_seconds(double):
+    with ji.serve(double, port=0, max_body=1000, body_timeout=0.3, max_head=4096) as server, client(server) as http:
+        large = b'{"model": "' + b"x" * 1000 + b'"}'
+        assert http.post("/tokenize", content=large, headers={"content-type": "application/json"}).status_code == 413
+        chunked = http.post("/tokenize", content=iter([large[:600], large[600:]]),
+                            headers={"content-type": "application/json"})
+        assert chunked.status_code == 413 and chunked.json()["error"]["code"] == "body_too_large"
+        host = server.url.removeprefix("http://")
+        head = f"POST /tokenize HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+        assert b" 408 " in raw(server, (head + "\r\n{").encode())
+        assert b" 431 " in raw(server, head.encode() + b"X-Long: " + b"y" * 9000 + b"\r\n\r\n")
+        assert b" 400 " in raw(server, head.encode() + b"X-Endless: " + b"y" * 6000)
+        assert http.get("/v1/models").status_code == 200
+
+
+def raw(server, sent: bytes) -> bytes:
+    """What comes back until the server closes the connection."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(sent)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+        return received
+
+
+@pytest.mark.parametrize("body, kind, status, code", [
+    (b"{", "application/json", 400, "invalid_json"), (b'{"model": 1, }', "application/json", 400, None),
+    (b"\xff\xfe", "application/json", 400, "invalid_json"), (b"", "application/json", 400, "invalid_json"),
+    (b"[" * 100_000, "application/json", 400, None), (b"[]", "application/json", 400, "invalid_value"),
+    (b"null", "application/json; charset=utf-8", 400, "invalid_value"), (b"a=1", "text/plain", 415, None),
+    (b'{"model": "\\ud800", "prompt": "x"}', "application/json", 400, None),
+    (b'{"model": "m", "prompt": NaN}', "application/json", 400, "invalid_json")])
+def test_malformed_bodies_are_refused(body, kind, status, code, http):
+    response = http.post("/v1/completions", content=body, headers={"content-type": kind})
+    assert response.status_code == status and response.json()["error"]["message"]
+    assert code in (None, response.json()["error"]["code"])
+
+
+def test_what_is_not_there_is_answered_in_the_same_json(http):
+    assert http.get("/nowhere").json()["error"]["type"] == "invalid_request_error"
+    wrong = http.delete("/v1/completions")
+    assert wrong.status_code == 405 and wrong.json()["error"]["message"] == "Method Not Allowed"
+    asked = http.post("/v1/completions", json={"model": "double", "prompt": "x"})
+    assert asked.status_code == 400 and asked.json()["error"]["code"] == "wrong_model"
+    assert http.post("/v1/embeddings", json={"model": "double", "input": "x"}).status_code == 400
+    assert http.get("/v1/models", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert re.fullmatch("[0-9a-f]{32}", http.get("/v1/models").headers["x-request-id"])
+
+
+def test_a_client_that_takes_nothing_is_cut_off(double, monkeypatch):
+    ended = threading.Event()
+
+    async def endless(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(app, "PARTS", (*app.PARTS, lambda _: Part(routes=[Route("/endless", type(
+        "Endless", (), {"__call__": staticmethod(endless)})())])))
+    with ji.serve(double, port=0, stall_timeout=0.3) as server, client(server) as http:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as slow:
+            slow.sendall(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert ended.wait(20) and eventually(lambda: not server.site.running)
+            assert http.get("/v1/models").status_code == 200
+
+
+def test_no_prompt_and_no_key_is_in_the_log(tiny_path, caplog, capfd, monkeypatch):
+    from jaxinfer.serving.openai import completions
+
+    def broken(ask, **_):
+        raise RuntimeError(f"the prompt was {ask.prompt}")
+
+    with (ji.serve({"tiny": tiny_path}, port=0, api_keys=["KEY-SECRET"], load=dict(max_context=128, max_rows=2))
+          as server, client(server, "KEY-SECRET") as http, caplog.at_level(logging.DEBUG)):
+        ask = {"model": "tiny", "prompt": "TOP-SECRET", "max_tokens": 2}
+        assert http.post("/v1/completions", json=ask).status_code == 200
+        assert http.post("/v1/completions", json=ask | {"temperature": "TOP-SECRET"}).status_code == 400
+        monkeypatch.setattr(completions, "sampling_of", broken)
+        failed = http.post("/v1/completions", json=ask)
+        assert failed.status_code == 500 and "SECRET" not in failed.text
+    told = caplog.text + "".join(capfd.readouterr())
+    assert "SECRET" not in told and "RuntimeError" in told and "completions.py" in told
+
+
+# --- TLS ---
+
+
+def test_tls_by_configuration(double, tmp_path):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", key, "-out", certificate, "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    trusted = ssl.create_default_context(cafile=certificate)
+    with ji.serve(double, port=0, certificate=certificate, private_key=key) as server:
+        assert server.url.startswith("https://")
+        with client(server, verify=trusted) as http:
+            assert http.get("/v1/models").status_code == 200
+    key.write_text("nonsense")
+    with pytest.raises(InvalidOption, match="no pair for TLS"):
+        ji.serve(double, port=0, certificate=certificate, private_key=key)
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("wrong", [
+    {"port": -1}, {"port": "80"}, {"port": None}, {"admin_port": 70000}, {"max_body": 0}, {"grace": -1},
+    {"request_timeout": True}, {"api_keys": ("",)}, {"api_keys": "abc"}, {"admin_port": 0}, {"admin_token": "t"},
+    {"certificate": "no.pem"}, {"certificate": "no.pem", "private_key": "no.pem"}], ids=str)
+def test_settings_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(InvalidOption, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+def test_settings_do_not_show_their_secrets():
+    assert "SECRET" not in repr(Settings(api_keys=("SECRET",), admin_port=0, admin_token="SECRET"))
+
+
+# --- starting and stopping ---
+
+
+def test_a_server_frees_its_port_and_leaves_the_callers_models_alone(double):
+    with ji.serve({"double": double}, port=0) as server:
+        port = int(server.url.rpartition(":")[2])
+        with pytest.raises(InvalidOption, match="nothing can listen there"):
+            ji.serve(double, port=port)
+        assert "double" in repr(server)
+    server.close()
+    assert float(double(1.0)) == 2.0
+    with ji.serve(double, port=port) as again:
+        assert again.url == server.url
+    assert not server._thread.is_alive() and not again._thread.is_alive()
+
+
+def test_serve_takes_registries_lists_and_sources_and_closes_what_it_loaded(double, tiny_path):
+    with ji.serve([double, tiny_path], port=0, load=dict(max_context=64, max_rows=2)) as server:
+        assert set(server.registry) == {double.name, tiny_path.name}
+        loaded = server.registry[tiny_path.name].version.model
+    with pytest.raises(ji.JaxinferError):
+        loaded("x")
+    registry = ji.Registry()
+    registry.load("m", constant)
+    with ji.serve(registry, port=0) as server:
+        assert server.registry is registry
+    assert float(registry["m"](1.0)) == 2.0
+    registry.close()
+    for wrong, error in (([], InvalidOption), ([double, double], InvalidOption), ("/no/such", ModelNotFound)):
+        with pytest.raises(error):
+            ji.serve(wrong, port=0)
+    with pytest.raises(InvalidOption, match="colour"):
+        ji.serve(double, port=0, colour="red")
+    with pytest.raises(InvalidOption, match="colour"):
+        ji.serve(str(tiny_path), port=0, load=dict(colour="red"))
+
+
+class Command:
+    """`jaxinfer serve` in a process of its own."""
+
+    def __init__(self, *args, **env):
+        self.process = subprocess.Popen([*PROGRAM, "serve", "--port", "0", *args], stderr=subprocess.PIPE, text=True,
+                                        env=os.environ | env)
+        self.said = ""
+        self.url = self.wait_for(r"listening on (http://\S+?)[,\n]")[1]
+
+    def wait_for(self, pattern):
+        while not (found := re.search(pattern, self.said)):
+            line = self.process.stderr.readline()
+            assert line, f"{pattern!r} never came: {self.said}"
+            self.said += line
+        return found
+
+    def end(self):
+        self.said += self.process.communicate(timeout=60)[1]
+        return self.process.returncode
+
+
+def test_sigterm_under_load_ends_what_runs_and_refuses_what_comes(tiny_path):
+    command = Command(f"tiny={tiny_path}", "missing=/no/such/model", "--max-context", "2048", "--max-rows", "1")
+    command.wait_for("tiny is ready")
+    command.wait_for("missing could not be loaded")
+    ask = {"model": "tiny", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True, "n": 2}
+    with client(command.url) as http:
+        assert http.post("/v1/completions", json=ask | {"model": "missing"}).status_code == 503
+        with http.stream("POST", "/v1/completions", json=ask | {"stream": True}) as response:
+            parts = events(response)
+            next(parts)
+            command.process.send_signal(signal.SIGTERM)
+            command.wait_for("stopping: 1 requests")
+            refused = httpx2.post(f"{command.url}/v1/completions", json=ask)
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            *chunks, done = [data for _, data in parts]
+    assert done == "[DONE]"
+    assert sum(json.loads(chunk)["choices"][0]["finish_reason"] == "length" for chunk in chunks) == 2
+    assert command.end() == 0 and "Traceback" not in command.said
+
+
+def test_if_no_model_can_be_loaded_the_command_says_so_and_ends():
+    command = Command("missing=/no/such/model")
+    assert command.end() == 2 and "missing could not be loaded" in command.said and "Traceback" not in command.said
+
+
+def test_a_second_signal_ends_the_grace(tiny_path):
+    command = Command(f"tiny={tiny_path}", *TINY, "--grace", "60", JAXINFER_API_KEYS="a b")
+    command.wait_for("tiny is ready")
+    with client(command.url, "b") as http:
+        with http.stream("POST", "/v1/completions", json={
+                "model": "tiny", "prompt": "x", "max_tokens": 250, "n": 99, "stream": True, "ignore_eos": True}
+                ) as response:
+            parts = events(response)
+            next(parts)
+            begun = time.monotonic()
+            command.process.send_signal(signal.SIGINT)
+            command.wait_for("stopping")
+            command.process.send_signal(signal.SIGINT)
+            told = [data for _, data in parts]
+        assert json.loads(told[-2])["error"]["code"] == "model_closed" and told[-1] == "[DONE]"
+    assert command.end() == 0 and time.monotonic() - begun < 20
