@@ -72,7 +72,19 @@ class Retried:
     error: Exception
 
 
-Event = Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Retried
+@dataclass(frozen=True)
+class TensorsServed:
+    """A request for tensors was answered over `protocol` ("http", "grpc"): bytes of its inputs and outputs, and those
+    that were copied on their way in, to the device, and out, besides what the libraries of the protocols copy."""
+
+    model: str
+    protocol: str
+    bytes_in: int
+    bytes_out: int
+    bytes_copied: int
+
+
+Event = Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Retried | TensorsServed
 _observers: tuple[Callable[[Event], None], ...] = ()
 _lock = threading.Lock()
 
