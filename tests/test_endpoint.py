@@ -493,7 +493,8 @@ def test_several_requests_are_queued_together_or_not_at_all():
         assert f.stats.waiting == 1, "of what was refused nothing waits"
         third, fourth = f.submit_all([((x + 1,), {}), ((x + 2,), {})], timeout=20)
         held.go.set()
-        assert [reply.result(10).tolist() for reply in (first, second, third, fourth)] == [[0, 0]] * 2 + [[1, 1], [2, 2]]
+        replies = first, second, third, fourth
+        assert [reply.result(10).tolist() for reply in replies] == [[0, 0], [0, 0], [1, 1], [2, 2]]
         assert third.version == 1 and f.max_waiting == 4 and not f.closed
     assert f.closed and sorted(held.sizes) == [1, 3]
 
