@@ -103,7 +103,7 @@ def test_answers_are_the_same_in_json_in_bytes_and_in_grpc(case, rows):
         head, pieces, _ = rest.write(question.Answer(asked, 3, [output], 0))
         said = json.loads(head)
         found = said["outputs"][0]
-        data = b"".join(pieces) if binary else np.array(found["data"]).astype(whole.dtype).tobytes()
+        data = b"".join(pieces) if binary else np.array(found["data"], whole.dtype).tobytes()
         assert said["model_version"] == "3" and found["shape"] == list(whole.shape) and data == whole.tobytes()
         message = CLASSES["ModelInferResponse"].FromString(proto.write(question.Answer(asked, 3, [output], 0))[0])
         assert same(grpc_outputs(message)["y"], whole)
@@ -406,6 +406,18 @@ def test_rows_of_one_request_are_of_one_version():
     registry.close()
 
 
+def test_a_version_that_was_asked_for_by_number_is_no_other():
+    registry = ji.Registry()
+    registry.load("m", constant(1))
+    model = registry["m"].version.model
+    dispatch = model._work.dispatch
+    model._work.dispatch = lambda asks: [model.swap(np.float32(2)), dispatch(asks)][1]
+    with client(registry) as web:
+        gone = infer(web, "m", {"inputs": [tensor("0", np.zeros(1), "FP32", data=[0.0])]}, version="1")
+        assert gone.status_code == 404 and "version 1 of m was replaced" in gone.json()["error"]
+    registry.close()
+
+
 def test_many_clients_share_batches():
     held, registry = Held(), ji.Registry()
     registry.load("held", lambda: held.endpoint(max_delay=60, max_batch=8))
@@ -561,6 +573,12 @@ def test_the_door_refuses(web, what):
     assert message is None or message in response.json()["error"], response.text
 
 
+def test_a_byte_that_is_no_bool_is_refused():
+    body, header = packed({"inputs": [tensor("x", np.zeros(2, bool), "BOOL", parameters={"binary_data_size": 2})]})
+    with pytest.raises(InvalidRequest, match="neither 0 nor 1"):
+        rest.read("m", "", memoryview(body + b"\1\2"), header, None)
+
+
 @pytest.mark.parametrize("size, header, data, message", [
     (8, None, b"x" * 8, "no JSON"),
     (8, "x", b"x" * 8, "it must be a number of bytes"),
@@ -713,9 +731,11 @@ def test_tensors_are_read_and_written_in_the_clients_memory(web, call):
         assert response.outputs[0].parameters["shared_memory_byte_size"].int64_param == 8
         assert list(response.raw_output_contents) == [b""] and memory[96:104].view(np.float32).tolist() == [2, 4]
         assert seen[1].bytes_copied == 8, "a lone row at a boundary is read where it lies; its result is written once"
-        for spoilt in (place(120, 16), place(0, 200), place(-8, 16), place(0, 8), place(64, "16"), place(2**70, 16)):
+        for spoilt, message in ((place(120, 16), "16 from 120 on are not in it"), (place(0, 200), "200 from 0 on are"),
+                                (place(-8, 16), "offset is -8"), (place(0, 8), "has 8 bytes of data"),
+                                (place(64, "16"), "byte size '16'"), (place(2**70, 16), "they must be integers")):
             refused = infer(web, "double", {"inputs": [tensor("0", x, "FP32", parameters=spoilt)]})
-            assert refused.status_code == 400, spoilt
+            assert refused.status_code == 400 and message in refused.json()["error"], refused.text
         tight = {"inputs": said["inputs"], "outputs": [{"name": "output", "parameters": place(0, 15)}]}
         assert "has 16 bytes, and its place in shared memory 15" in infer(web, "double", tight).json()["error"]
         os.truncate(HOME / key, 64)

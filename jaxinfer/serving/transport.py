@@ -72,6 +72,7 @@ class Sendfile:
             if not self.transport.is_closing():
                 try:
                     await asyncio.get_running_loop().sendfile(self.transport, file, 0, size)
-                except ConnectionError:
-                    return  # whoever asked has hung up
+                except ConnectionError:  # whoever asked has hung up
+                    self.transport.abort()
+                    await asyncio.sleep(0)  # in which the connection hears of it
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -145,8 +145,9 @@ class TextFace:
             self.outputs.append(Tensor("logits", "FP32", (OPEN, *per_token, len(graph.labels) or OPEN)))
 
     def request(self, row: Mapping[str, np.ndarray]) -> tuple[tuple, dict[str, Any]]:
+        text: Any = row["text"][()]
         try:
-            return (row["text"][()].decode(),), {}
+            return (text.decode(),), {}
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"text is no UTF-8: {error}") from error
 

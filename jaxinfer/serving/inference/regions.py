@@ -82,10 +82,11 @@ class Regions:
 
     def view(self, parameters: Mapping[str, Any]) -> memoryview:
         """What a tensor's parameters name: so many bytes of a region."""
-        name, offset, size = (parameters.get(key) for key in PARAMETERS)
+        where, begin, length = PARAMETERS
         with self._lock:
-            region = self._found(name)
-        offset = 0 if offset is None else offset
+            region = self._found(parameters.get(where))
+        offset: Any = parameters.get(begin, 0)
+        size: Any = parameters.get(length)
         _check_sizes(region.name, offset, size)
         if offset + size > region.byte_size:
             raise InvalidRequest(f"region {region.name} has {region.byte_size} bytes; {size} from {offset} on are not "

@@ -115,8 +115,9 @@ class _Rest:
 
 
 def _array(what: str, tensor: Mapping[str, Any], rest: _Rest, regions: Regions | None) -> np.ndarray:
-    datatype, shape, parameters = tensor.get("datatype"), tensor.get("shape"), _parameters("an input", tensor)
-    count_of(what, shape)
+    datatype: Any = tensor.get("datatype")
+    shape: Any = tensor.get("shape")
+    parameters = _parameters("an input", tensor)
     memory, binary = memory_of(what, parameters, regions), "binary_data_size" in parameters
     if ("data" in tensor) + binary + (memory is not None) != 1:
         raise InvalidRequest(f"{what} must have its elements in one place: in data, behind the JSON (parameter "
