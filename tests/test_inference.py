@@ -27,13 +27,14 @@ from tests.test_text_encoder import path as bert  # noqa: F401  # a fixture
 grpc = pytest.importorskip("grpc")
 testclient = pytest.importorskip("starlette.testclient")
 
-from jaxinfer.serving.app import application  # noqa: E402
+from jaxinfer.serving.app import application, parts_of, private  # noqa: E402
 from jaxinfer.serving.inference import proto, question, rest, wire  # noqa: E402
 from jaxinfer.serving.inference.datatypes import DTYPES  # noqa: E402
 from jaxinfer.serving.inference.models import Tensor, face_of  # noqa: E402
 from jaxinfer.serving.inference.regions import HOME, Regions  # noqa: E402
 from jaxinfer.serving.inference.schema import CLASSES, SERVICE  # noqa: E402
 from jaxinfer.serving.settings import Settings  # noqa: E402
+from jaxinfer.serving.site import Loading, Site  # noqa: E402
 
 JSON_HEADER = "Inference-Header-Content-Length"
 X = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -522,6 +523,7 @@ BAD = {
     "inputs that are no list": ({"inputs": {}}, "inputs is {}; it must be a list"),
     "an input that is none": ({"inputs": [3]}, "an input is 3"),
     "no inputs": ({}, "inputs are missing: ['0']; there are 0: FP32[-1, 2]"),
+    "a name that is no Unicode": ({"inputs": [GOOD | {"name": "\ud800", "data": 1}]}, "input \ud800 has the data 1"),
     "an unknown input": ({"inputs": [GOOD, GOOD | {"name": "z"}]}, "inputs are unknown: ['z']"),
     "one twice": ({"inputs": [GOOD, GOOD]}, "input 0 is given twice"),
     "no name": ({"inputs": [{}]}, "an input has the name None"),
@@ -596,6 +598,27 @@ def test_lengths_that_lie_are_refused(web, size, header, data, message):
     headers = {} if header is None else {JSON_HEADER: header or str(len(head))}
     response = web.post("/v2/models/double/infer", content=head + data, headers=headers)
     assert response.status_code == 400 and message in response.json()["error"], response.text
+
+
+def test_a_model_that_is_being_loaded_is_told_from_one_that_is_not_there(registry):
+    with client(registry) as web:
+        web.site.loading["late"] = Loading(0.0)
+        ready, asked = web.get("/v2/models/late/ready"), infer(web, "late", {"inputs": [GOOD]}, version="1")
+        assert ready.status_code == asked.status_code == 503 and "being loaded" in asked.json()["error"]
+        assert int(asked.headers["Retry-After"]) > 0 and web.get("/v2/health/ready").status_code == 503
+
+
+def test_the_administration_lists_the_versions(registry):
+    site = Site(registry, Settings(admin_port=0, admin_token="secret"))
+    site.loading = {"late": Loading(0.0), "broken": Loading(0.0, ValueError("no such file"))}
+    with testclient.TestClient(private(site, parts_of(site)), raise_server_exceptions=False) as admin:
+        assert admin.post("/v2/repository/index").status_code == 401
+        ask = lambda said: admin.post("/v2/repository/index", content=said, headers={"Authorization": "Bearer secret"})
+        rows = {row["name"]: row for row in ask(b"").json()}
+        assert rows["mlp"] == {"name": "mlp", "version": "1", "state": "READY", "reason": ""}
+        assert rows["late"]["state"] == "LOADING" and rows["broken"]["reason"] == "no such file"
+        assert {row["name"] for row in ask(b'{"ready": true}').json()} == {"mlp", "a/ragged", "double"}
+        assert [ask(said).status_code for said in (b"[]", b"{")] == [400, 400]
 
 
 def test_what_is_not_there_is_not_found(web):

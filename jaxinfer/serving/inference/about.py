@@ -7,7 +7,6 @@ from typing import Any
 
 import anyio.to_thread
 
-from jaxinfer.runtime.registry import Registry
 from jaxinfer.serving.inference.models import Face, Tensor, face_of
 from jaxinfer.serving.inference.question import find
 from jaxinfer.serving.inference.regions import Region
@@ -23,16 +22,16 @@ def server_metadata(shared_memory: bool) -> dict[str, Any]:
     return {"name": "jaxinfer", "version": version, "extensions": extensions}
 
 
-async def model_metadata(registry: Registry, name: str, version: str) -> dict[str, Any]:
+async def model_metadata(site: Site, name: str, version: str) -> dict[str, Any]:
     """Raises ModelNotFound, or InvalidRequest for a model of another protocol."""
-    face = face_of(name, find(registry, name, version).model)
-    return await anyio.to_thread.run_sync(_told, registry, name, face)  # the first look costs a trace
+    face = face_of(name, find(site, name, version).model)
+    return await anyio.to_thread.run_sync(_told, site, name, face)  # the first look costs a trace
 
 
-def _told(registry: Registry, name: str, face: Face) -> dict[str, Any]:
+def _told(site: Site, name: str, face: Face) -> dict[str, Any]:
     tensors = lambda those: [dict(zip(Tensor._fields, (it.name, it.datatype, list(it.shape)), strict=True))
                              for it in those]
-    return {"name": name, "versions": list(map(str, sorted(registry.serving(name)))), "platform": face.platform,
+    return {"name": name, "versions": list(map(str, sorted(site.registry.serving(name)))), "platform": face.platform,
             "inputs": tensors(face.inputs), "outputs": tensors(face.outputs)}
 
 
@@ -45,7 +44,7 @@ def is_model_ready(site: Site, name: str, version: str = "") -> bool:
     """Raises ModelNotFound for one that is neither there nor coming."""
     if name in site.loading and name not in site.registry:
         return False
-    return not site.draining and not find(site.registry, name, version).model.closed
+    return not site.draining and not find(site, name, version).model.closed
 
 
 def repository(site: Site) -> list[dict[str, str]]:

@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxinfer import events
 from jaxinfer.errors import Closed, InvalidRequest, ModelNotFound, RequestFailed, StepFailed
-from jaxinfer.runtime.registry import ModelVersion, Registry
+from jaxinfer.runtime.registry import ModelVersion
 from jaxinfer.serving.inference.datatypes import short
 from jaxinfer.serving.inference.models import OPEN, Face, Rows, Tensor, columns_of, face_of, requests_of
+from jaxinfer.serving.openai.models import find as find_handle
 from jaxinfer.serving.site import Site
 
 LARGE = 2**18  # bytes that are looked at in another thread than the event loop's
@@ -86,14 +87,15 @@ class Answer:
                                          self.copied + copied))
 
 
-def find(registry: Registry, name: str, version: str) -> ModelVersion:
-    """The version of a model with this number or label. Raises ModelNotFound, or Rejected while it is being loaded."""
-    if is_number(version):
-        serving = registry.serving(name)
-        if int(version) not in serving:
-            raise ModelNotFound(f"{name} has no version {version}; loaded are {sorted(serving)}")
-        return serving[int(version)]
-    return registry.at(name, version or "stable").version
+def find(site: Site, name: str, version: str) -> ModelVersion:
+    """The version of a model with this number or label. Raises ModelNotFound, or Problem for one that is being loaded,
+    or could not be."""
+    if not is_number(version) or name not in site.registry:
+        return find_handle(site, f"{name}@{version}").version
+    serving = site.registry.serving(name)
+    if int(version) not in serving:
+        raise ModelNotFound(f"{name} has no version {version}; loaded are {sorted(serving)}")
+    return serving[int(version)]
 
 
 def is_number(version: str) -> bool:
@@ -119,14 +121,14 @@ async def answer(site: Site, question: Question) -> Answer:
 
     Raises InvalidRequest, ModelNotFound, Rejected, Expired, StepFailed or Closed.
     """
-    registry, most = site.registry, site.settings.request_timeout
+    most = site.settings.request_timeout
     question.options["timeout"] = min(question.options.get("timeout", most), most)
     while True:
-        version = find(registry, question.model, question.version)
+        version = find(site, question.model, question.version)
         try:
             return await _ask(version, face_of(question.model, version.model), question)
         except Closed:
-            if find(registry, question.model, question.version) is version:
+            if find(site, question.model, question.version) is version:
                 raise
 
 

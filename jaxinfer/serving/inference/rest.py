@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.serving.inference.datatypes import count_of, from_bytes, from_json, short, to_buffer, to_json
+from jaxinfer.serving.inference.datatypes import from_bytes, from_json, short, to_buffer, to_json
 from jaxinfer.serving.inference.question import Answer, Question, Wanted, options_of, place
 from jaxinfer.serving.inference.regions import PARAMETERS, Regions, memory_of
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -49,22 +49,22 @@ class Operations:
         return [_route("POST", "/v2/repository/index", self.index)]
 
     async def live(self, request: Request) -> Any:
-        return JSONResponse({"live": True})
+        return _json({"live": True})
 
     async def ready(self, request: Request) -> Any:
         ready = is_ready(self.site)
-        return JSONResponse({"ready": ready}, 200 if ready else 503)
+        return _json({"ready": ready}, 200 if ready else 503)
 
     async def server(self, request: Request) -> Any:
-        return JSONResponse(server_metadata(self.regions is not None))
+        return _json(server_metadata(self.regions is not None))
 
     async def model_ready(self, request: Request) -> Any:
         name, version = _model(request)
         ready = is_model_ready(self.site, name, version)
-        return JSONResponse({"name": name, "ready": ready}, 200 if ready else 503)
+        return _json({"name": name, "ready": ready}, 200 if ready else 503)
 
     async def model(self, request: Request) -> Any:
-        return JSONResponse(await model_metadata(self.site.registry, *_model(request)))
+        return _json(await model_metadata(self.site, *_model(request)))
 
     async def infer(self, request: Request) -> Any:
         if request.headers.get("content-encoding", "identity") != "identity":
@@ -84,7 +84,7 @@ class Operations:
 
     async def index(self, request: Request) -> Any:
         ready = (await _object(request)).get("ready", False)
-        return JSONResponse([row for row in repository(self.site) if row["state"] == "READY" or not ready])
+        return _json([row for row in repository(self.site) if row["state"] == "READY" or not ready])
 
 
 class MemoryOperations:
@@ -101,17 +101,17 @@ class MemoryOperations:
                 _route("POST", f"{REGION}/unregister", self.unregister)]
 
     async def status(self, request: Request) -> Any:
-        return JSONResponse([told(region) for region in self.regions.status(request.path_params.get("region", ""))])
+        return _json([told(region) for region in self.regions.status(request.path_params.get("region", ""))])
 
     async def register(self, request: Request) -> Any:
         said = await _object(request)
         self.regions.register(request.path_params["region"], said.get("key"), said.get("offset", 0),
                               said.get("byte_size"))
-        return JSONResponse({})
+        return _json({})
 
     async def unregister(self, request: Request) -> Any:
         self.regions.unregister(request.path_params.get("region", ""))
-        return JSONResponse({})
+        return _json({})
 
 
 class Pieces:
@@ -140,8 +140,13 @@ def _route(method: str, path: str, asked: Asked) -> Route:
         try:
             return await asked(request)
         except JaxinferError as error:
-            return JSONResponse({"error": str(error)}, status_of(error), headers_of(error))
+            return _json({"error": str(error)}, status_of(error), headers_of(error))
     return Route(path, endpoint, methods=[method])
+
+
+def _json(said: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """In ASCII: what a client sent and is told of may be no Unicode."""
+    return Response(json.dumps(said), status, headers, "application/json")
 
 
 def _model(request: Request) -> tuple[str, str]:

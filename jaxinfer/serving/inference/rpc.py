@@ -87,7 +87,7 @@ class Service:
         return CLASSES["ServerMetadataResponse"](**server_metadata(self.regions is not None))
 
     async def model(self, request: Any, context: Any) -> Any:
-        said = await model_metadata(self.site.registry, request.name, request.version)
+        said = await model_metadata(self.site, request.name, request.version)
         return CLASSES["ModelMetadataResponse"](**said)
 
     async def infer(self, request: bytes, context: Any) -> bytes:
