@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
 
@@ -14,6 +15,9 @@ from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import FileResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
+from jaxinfer.serving.guard import Guard  # noqa: E402
+from jaxinfer.serving.settings import Settings  # noqa: E402
+from jaxinfer.serving.site import Site  # noqa: E402
 from jaxinfer.serving.transport import Protocol  # noqa: E402
 from tests.running import eventually  # noqa: E402
 
@@ -60,6 +64,18 @@ def test_who_hangs_up_in_the_middle_of_a_file_harms_nobody(tmp_path, caplog):
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
             assert int(response.headers["Content-Length"]) == 2**28
     assert not caplog.records, "nor is it a failure for the log"
+
+
+def test_a_file_may_take_longer_than_a_reader_may_take_nothing(tmp_path):
+    path = tmp_path / "artifact"
+    with path.open("wb") as file:
+        file.truncate(2**26)
+    app = Starlette(routes=[Route("/", lambda request: FileResponse(path))])
+    guarded = Guard(app, Site(None, Settings(stall_timeout=0.1)), ())
+    with listening(guarded) as url, urllib.request.urlopen(url) as response:
+        read = len(response.read(1000))
+        time.sleep(0.4)
+        assert read + len(response.read()) == 2**26
 
 
 @pytest.mark.parametrize("length", [True, False])
