@@ -94,7 +94,7 @@ clean: ## remove environments and caches, not downloaded models
 	@touch $@
 
 .venv-clients/.test: pyproject.toml .ci/env
-	@.ci/env .venv-clients main "[serve,clients]"
+	@.ci/env .venv-clients main "[serve,grpc,clients]"
 	@touch $@
 
 .venv-serve/.bench: pyproject.toml .ci/env

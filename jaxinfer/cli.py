@@ -148,6 +148,9 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     admin_port: Annotated[int | None, _option("For the administration, on 127.0.0.1; needs a token.")] = None,
     admin_token: Annotated[Path | None, _option("File with its token; or $JAXINFER_ADMIN_TOKEN.")] = None,
+    grpc_port: Annotated[int | None, _option("For the Open Inference Protocol over gRPC.")] = None,
+    shared_memory: Annotated[bool, typer.Option("--shared-memory", help="Read and write tensors in the shared memory "
+                                                                        "of trusted clients.")] = False,
     api_keys: Annotated[Path | None, _option("File with keys, one a line, of which a client needs one; or "
                                              "$JAXINFER_API_KEYS, with blanks between.")] = None,
     certificate: Annotated[Path | None, _option("PEM file, for TLS.")] = None,
@@ -176,7 +179,8 @@ def serve(
                      max_rows=max_rows, max_waiting=max_waiting, memory=memory, device_memory=device_memory,
                      host_memory=host_memory, device=device)
     settings = Settings(**_given(
-        host=host, port=port, admin_port=admin_port, admin_token=_secret(admin_token, "JAXINFER_ADMIN_TOKEN") or None,
+        host=host, port=port, grpc_port=grpc_port, shared_memory=shared_memory, admin_port=admin_port,
+        admin_token=_secret(admin_token, "JAXINFER_ADMIN_TOKEN") or None,
         api_keys=tuple(_secret(api_keys, "JAXINFER_API_KEYS").split()), certificate=certificate,
         private_key=private_key, max_body=max_body, request_timeout=request_timeout, grace=grace))
     with shown():

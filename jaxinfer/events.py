@@ -81,7 +81,19 @@ class TierClosed:
     why: str
 
 
-Event = Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Retried | TierClosed
+@dataclass(frozen=True)
+class TensorsServed:
+    """A request for tensors was answered over `protocol` ("http", "grpc"): bytes of its inputs and outputs, and those
+    that were copied on their way in, to the device, and out, besides what the libraries of the protocols copy."""
+
+    model: str
+    protocol: str
+    bytes_in: int
+    bytes_out: int
+    bytes_copied: int
+
+
+Event = Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Retried | TierClosed | TensorsServed
 _observers: tuple[Callable[[Event], None], ...] = ()
 _lock = threading.Lock()
 

@@ -195,6 +195,14 @@ def test_an_axis_without_rungs_is_not_padded():
         assert {e.name for e in f.ledger if e.hits} == {f"apply[B=1,n={n}]" for n in (3, 5, 9)}
 
 
+def test_sizes_that_the_function_refuses_are_refused_at_the_door():
+    with ji.endpoint(lambda x: x.reshape(x.shape[0], -1, 2).sum((1, 2)), example=np.ones(16, np.float32), max_batch=2,
+                     ragged={"0": {0: "n"}}) as f:
+        assert float(f(np.ones(6, np.float32))) == 6
+        with pytest.raises(InvalidRequest, match="the function does not take the sizes n=5"):
+            f(np.ones(5, np.float32))
+
+
 @pytest.mark.parametrize("axis, out_axis", [(1, 1), (None, 0), (None, 1), ({"x": 1}, 1)])
 def test_the_batch_may_be_elsewhere_or_nowhere(axis, out_axis):
     def call(x):
@@ -470,6 +478,25 @@ def test_a_full_queue_rejects_and_map_waits():
         assert [r.result(10).tolist() for r in replies] == [[0, 0]] * 4
         asked = [np.full(2, i, np.float32) for i in range(20)]
         assert np.array_equal(f.map(asked), asked)
+
+
+def test_several_requests_are_queued_together_or_not_at_all():
+    held, x = Held(), np.zeros(2, np.float32)
+    with held.endpoint(max_waiting=4, max_batch=4, max_delay=60) as f:
+        first = f.submit(x)
+        assert held.running.wait(10)
+        second = f.submit(x)
+        with pytest.raises(Rejected, match="1 requests wait"):
+            f.submit_all([((x,), {})] * 4)
+        with pytest.raises(InvalidRequest, match="must be float32"):
+            f.submit_all([((x,), {}), (("no array",), {})])
+        assert f.stats.waiting == 1, "of what was refused nothing waits"
+        third, fourth = f.submit_all([((x + 1,), {}), ((x + 2,), {})], timeout=20)
+        held.go.set()
+        replies = first, second, third, fourth
+        assert [reply.result(10).tolist() for reply in replies] == [[0, 0], [0, 0], [1, 1], [2, 2]]
+        assert third.version == 1 and f.max_waiting == 4 and not f.closed
+    assert f.closed and sorted(held.sizes) == [1, 3]
 
 
 @pytest.mark.parametrize("name", ["timeout", "queue_timeout"])

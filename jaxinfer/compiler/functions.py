@@ -61,6 +61,7 @@ class Functions(Programs):
         self.call, self.leaves, self.structure, self.out_batch = call, leaves, structure, out_batch
         self.params = jax.tree.map(self._like, params)
         self.names: list[str] = []  # the outputs' paths
+        self.checked: FunctionKey | None = None  # a shape that the function is known to take
         self.output_shapes = lru_cache(4096)(lambda key: [leaf.shape for leaf in jax.tree.leaves(self.outputs(key))])
 
     def traced(self, key: FunctionKey) -> Any:
@@ -94,6 +95,7 @@ class Functions(Programs):
         output differs in that axis alone. A function for one rung may refuse any other size."""
         rows = rungs[-1] if rungs else None
         found = jax.tree.leaves_with_path(self._traced(FunctionKey(rows, sizes)))
+        self.checked = FunctionKey(rows, sizes)
         self.names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in found]
         if not found:
             raise InvalidOption("the function returns no array; it must return one at least")

@@ -11,7 +11,7 @@ from jaxinfer.compiler.functions import Functions
 from jaxinfer.errors import InvalidOption, InvalidRequest, OutOfMemory
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.door import Door
-from jaxinfer.runtime.padded import BATCH, Cargo, Ladders, NanPolicy, PaddedWork, has_nan, in_order
+from jaxinfer.runtime.padded import BATCH, Cargo, Ladders, NanPolicy, PaddedWork, Sizes, has_nan, in_order
 from jaxinfer.runtime.runner import Runner
 from jaxinfer.runtime.served import Served
 from jaxinfer.runtime.versions import Version
@@ -45,8 +45,15 @@ class Endpoint(Served):
                 raise InvalidRequest(f"{', '.join(flagged)} has NaN in it, and this endpoint rejects NaN")
         shape, true = self._work.ladders.padded(sizes), in_order(sizes)
         if shape != true:
-            self._work.shapes(true)  # traced in the thread of whoever brings new sizes, not in the one that serves all
+            self._trace(true)  # in the thread of whoever brings new sizes, not in the one that serves all
         return shape, 1, Cargo(arrays, sizes, copied, flagged)
+
+    def _trace(self, true: Sizes) -> None:
+        try:
+            self._work.shapes(true)
+        except Exception as error:
+            told = ", ".join(f"{name}={size}" for name, size in true)
+            raise InvalidRequest(f"the function does not take the sizes {told}: {error}") from error
 
     def map(self, requests: Iterable[Any], **options: Any) -> list[Any]:
         """The results of many requests, in their order; each is a single argument, or a dict of named ones. Waits for

@@ -73,6 +73,11 @@ class Living:
     def _busy(self) -> bool:
         raise NotImplementedError
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more requests are taken: it was closed, is drained, or its thread has ended."""
+        return any(admission.closed for admission in self._admissions)
+
     def drain(self, seconds: float = 60.0) -> None:
         """Refuse what comes from now on, wait until what is here has ended (or for so many seconds), and close."""
         for admission in self._admissions:

@@ -93,6 +93,10 @@ class Registry:
             raise ModelNotFound(f"{name} has no version with the label {label!r}; it has {sorted(shelf.labels)}")
         return Handle(shelf, name, label)
 
+    def serving(self, name: str) -> dict[int, ModelVersion]:
+        """The versions that are loaded, by the number of the weights that they run on now."""
+        return {version.model.version: version for version in tuple(self._shelf(name).ready.values())}
+
     def versions(self, name: str) -> list[int]:
         """The numbers of the versions that are loaded."""
         return sorted(self._shelf(name).ready)

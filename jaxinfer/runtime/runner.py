@@ -7,7 +7,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -58,9 +58,9 @@ class Runner:
         self.work, self.batcher, self.queue, self.name = work, batcher, queue, name
         self.requests = self.batches = 0
         self._open: dict[int, Ask] = {}
-        self.gate = Gate(lambda ask: self._post(lambda: self.batcher.submit(ask)),
-                         lambda ask: ask.order[1] in self._open,
-                         lambda ask, error: self._finish(ask.order[1], Result(error=error)))
+        self.gate = Gate(lambda asks: self._post(lambda: [self.batcher.submit(ask) for ask in asks]),
+                         lambda asks: any(ask.order[1] in self._open for ask in asks),
+                         lambda asks, error: [self._finish(ask.order[1], Result(error=error)) for ask in asks])
         self._inbox: deque[Callable[[], object]] = deque()
         self._wake, self._sleeping, self._closing = threading.Condition(), False, False
         self._flying: deque[Flight] = deque()
@@ -69,20 +69,22 @@ class Runner:
 
     # From any thread.
 
-    def submit(self, ask: Ask, queue_timeout: float | None = None, timeout: float | None = None,
+    def submit(self, asks: Sequence[Ask], queue_timeout: float | None = None, timeout: float | None = None,
                wait: bool = False) -> None:
-        """Queue a request, or raise Rejected or Closed; with `wait`, block until there is room."""
-        id = ask.order[1]
+        """Queue requests, all or none of them, or raise Rejected or Closed; with `wait`, block until there is room."""
         patience = min((s for s in (queue_timeout, timeout) if s is not None), default=None)
-        self.queue.enter({id: ask.size}, wait, patience)
-        self._open[id] = ask
-        for name, seconds in (("queue_timeout", queue_timeout), ("timeout", timeout)):
-            if seconds is not None:
-                me = weakref.ref(self)
-                TIMER.call_at(ask.at + seconds, partial(_expire, me, id, name, seconds), partial(_is_open, me, id))
-        self.gate.come(ask)
-        if self._closing:  # it may have slipped in behind the end
-            self._finish(id, Result(error=Closed()))
+        self.queue.enter({ask.order[1]: ask.size for ask in asks}, wait, patience)
+        for ask in asks:
+            id = ask.order[1]
+            self._open[id] = ask
+            for name, seconds in (("queue_timeout", queue_timeout), ("timeout", timeout)):
+                if seconds is not None:
+                    me = weakref.ref(self)
+                    TIMER.call_at(ask.at + seconds, partial(_expire, me, id, name, seconds), partial(_is_open, me, id))
+        self.gate.come(asks)
+        if self._closing:  # they may have slipped in behind the end
+            for ask in asks:
+                self._finish(ask.order[1], Result(error=Closed()))
 
     def withdraw(self, id: int) -> bool:
         """Take a request back; False if its caller has been told, or will be."""

@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -150,16 +150,31 @@ class Served(Living):
             if not task.future.done() or task.future.cancelled():
                 self._runner.withdraw(ask.order[1])
 
+    def submit_all(self, requests: Iterable[tuple[tuple, dict[str, Any]]], *, priority: int = 0,
+                   queue_timeout: float | None = None, timeout: float | None = None) -> list[Reply]:
+        """`submit` for several requests, each a pair of positional and named arguments: all are queued, or none."""
+        check_options(priority=priority, queue_timeout=queue_timeout, timeout=timeout)
+        replies, asks = [], []
+        for args, kwargs in requests:
+            replies.append(Reply())
+            asks.append(self._ask(replies[-1], args, kwargs, priority, timeout))
+            replies[-1].withdraw = partial(self._withdraw, asks[-1].order[1])
+        self._runner.submit(asks, queue_timeout, timeout)
+        return replies
+
     def _submit(self, sink: Any, args: tuple, kwargs: dict[str, Any], priority: int, queue_timeout: float | None,
                 timeout: float | None, wait: bool = False) -> Ask:
         if priority or queue_timeout is not None or timeout is not None:
             check_options(priority=priority, queue_timeout=queue_timeout, timeout=timeout)
+        ask = self._ask(sink, args, kwargs, priority, timeout)
+        self._runner.submit((ask,), queue_timeout, timeout, wait)
+        return ask
+
+    def _ask(self, sink: Any, args: tuple, kwargs: dict[str, Any], priority: int, timeout: float | None) -> Ask:
         shape, size, payload = self._enter(args, kwargs)
         now = time.perf_counter()
-        ask = Ask(shape, (priority * AGEING + now, next(self._ids)), now, inf if timeout is None else now + timeout,
-                  size, payload, sink)
-        self._runner.submit(ask, queue_timeout, timeout, wait)
-        return ask
+        return Ask(shape, (priority * AGEING + now, next(self._ids)), now, inf if timeout is None else now + timeout,
+                   size, payload, sink)
 
     def _many(self, requests: list[tuple[tuple, dict[str, Any]]], options: dict[str, Any]) -> list[Any]:
         """The results of many requests, in their order; waits for room in the queue where it is full."""
@@ -220,6 +235,11 @@ class Served(Living):
     @property
     def device(self) -> jax.Device:
         return self._programs.place.device
+
+    @property
+    def max_waiting(self) -> int:
+        """The requests that may wait; more are Rejected."""
+        return self._runner.queue.max_waiting
 
     @property
     def nbytes(self) -> int:

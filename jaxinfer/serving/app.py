@@ -11,12 +11,13 @@ from starlette.applications import Starlette
 from jaxinfer.runtime.registry import Registry
 from jaxinfer.serving import admin, openapi
 from jaxinfer.serving.guard import HANDLERS, Guard
+from jaxinfer.serving.inference import part as inference
 from jaxinfer.serving.openai import api as openai
 from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Part, Site
 
 # One line for each protocol or observer; the first one's `around` is the outermost.
-PARTS: tuple[Callable[[Site], Part], ...] = (openai.part, admin.part)
+PARTS: tuple[Callable[[Site], Part], ...] = (openai.part, inference.part, admin.part)
 
 
 def application(registry: Registry, *, settings: Settings | None = None) -> Starlette:
@@ -35,9 +36,13 @@ def public(site: Site, parts: Sequence[Part]) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            for part in parts:
-                if part.living is not None:
-                    await stack.enter_async_context(part.living())
+            try:
+                for part in parts:
+                    if part.living is not None:
+                        await stack.enter_async_context(part.living())
+            except Exception as error:
+                site.failure = error
+                raise
             yield
 
     operations = [operation for part in parts for operation in part.operations]

@@ -22,7 +22,8 @@ def serve(models: Sequence[str], settings: Settings, options: dict[str, Any], sa
     cannot be loaded leaves the others alone; if that is all of them, their errors are all there is to say."""
     named = _named(models)
     server = Server(Registry(), settings)
-    say(f"listening on {server.url}" + (f", and for the administration on {server.admin_url}" * bool(server.admin_url)))
+    others = {"gRPC": server.grpc_address, "the administration": server.admin_url}
+    say(f"listening on {server.url}" + "".join(f", for {what} on {where}" for what, where in others.items() if where))
     ready, heard = list[str](), list[int]()
     loader = threading.Thread(target=_load, args=(server, named, options, say, ready), name="jaxinfer-load",
                               daemon=True)

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxinfer.serving.operations import Gone
 from jaxinfer.serving.problems import Problem, response_of, status_of
 from jaxinfer.serving.site import Site
+from jaxinfer.serving.transport import PATHSEND
 
 # No key is asked for, and a server that stops answers these to the end.
 OPEN = {"/health", "/livez", "/readyz", "/startupz", "/metrics", "/v2/health/live", "/v2/health/ready"}
@@ -123,7 +124,8 @@ class Exchange:
             self.begun = True
             message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.id.encode())]}
         try:
-            async with asyncio.timeout(self.settings.stall_timeout):
+            whole = message["type"] == PATHSEND  # a file, for which the kernel watches who takes nothing
+            async with asyncio.timeout(None if whole else self.settings.stall_timeout):
                 await self._send(message)
         except TimeoutError:
             log.info("%s %s: the client took nothing for %g s", self.scope["method"], self.scope["path"],

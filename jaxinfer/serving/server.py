@@ -23,6 +23,7 @@ from jaxinfer.runtime.registry import Registry
 from jaxinfer.serving.app import parts_of, private, public
 from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Site, check_options
+from jaxinfer.serving.transport import Protocol
 
 LAST = 2  # seconds for what is still being sent when everything has ended
 POLL = 0.01
@@ -31,8 +32,8 @@ POLL = 0.01
 class Server:
     """An application that listens, in a thread of its own. Leaving the `with` block closes it.
 
-    `url` is where OpenAI's clients find it (their `base_url` is `url + "/v1"`), `admin_url` where the administration is
-    (None if there is none). Its `registry` may be changed at any time.
+    `url` is where OpenAI's clients find it (their `base_url` is `url + "/v1"`), `admin_url` where the administration
+    is, `grpc_address` where gRPC is (None where there is none). Its `registry` may be changed at any time.
     """
 
     def __init__(self, registry: Registry, settings: Settings):
@@ -52,8 +53,13 @@ class Server:
         self._thread.start()
         while self._thread.is_alive() and not all(server.started for server in self._servers):
             time.sleep(POLL)
-        if self._failure:
-            raise self._failure[0]
+        if failure := self.site.failure or next(iter(self._failure), None):
+            self._thread.join()
+            raise failure
+
+    @property
+    def grpc_address(self) -> str | None:
+        return None if self.site.grpc_port is None else f"{_reachable(self.settings.host)}:{self.site.grpc_port}"
 
     def __enter__(self) -> Server:
         return self
@@ -94,7 +100,7 @@ class Server:
     def _listen(self, app: ASGIApp, host: str, port: int, lifespan: Any) -> None:
         settings = self.settings
         config = uvicorn.Config(
-            app, lifespan=lifespan, log_config=None, access_log=False, server_header=False, ws="none", http="h11",
+            app, lifespan=lifespan, log_config=None, access_log=False, server_header=False, ws="none", http=Protocol,
             timeout_keep_alive=int(settings.keep_alive), timeout_graceful_shutdown=LAST,
             h11_max_incomplete_event_size=settings.max_head, ssl_certfile=settings.certificate,
             ssl_keyfile=settings.private_key)
@@ -107,8 +113,7 @@ class Server:
 
     def _url(self, listening: socket.socket) -> str:
         host, port, *_ = listening.getsockname()
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"{'https' if self.settings.certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        return f"{'https' if self.settings.certificate else 'http'}://{_reachable(host)}:{port}"
 
     def _run(self) -> None:
         try:
@@ -125,6 +130,12 @@ class Server:
     def _close_sockets(self) -> None:
         for one in self._sockets:
             one.close()
+
+
+def _reachable(host: str) -> str:
+    """A host that listens, as a client of this machine writes it in an address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _bound(host: str, port: int, stall_timeout: float) -> socket.socket:

@@ -16,7 +16,11 @@ class Settings:
     """Nonsense is refused on construction with `InvalidOption`. Secrets are not part of its repr.
 
     Listening: `host`, `port` (0 takes a free one); `admin_port` (None: there is no administration) on `admin_host`,
-    behind `admin_token`. `certificate` and `private_key` are PEM files, for TLS on both.
+    behind `admin_token`; `grpc_port` on `host` (0: any free one; None: there is no gRPC). `certificate` and
+    `private_key` are PEM files, for TLS on all.
+
+    `shared_memory`: clients of this machine may have tensors read from shared memory, and written to it. Whoever may
+    ask may then name any that this process may open, and stops the process by cutting off what is in use.
 
     Asking: any of `api_keys` as "Authorization: Bearer ..." (empty: nobody is asked for one).
 
@@ -30,6 +34,8 @@ class Settings:
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None
     admin_token: str | None = field(default=None, repr=False)
+    grpc_port: int | None = None
+    shared_memory: bool = False
     certificate: Path | None = None
     private_key: Path | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -42,7 +48,7 @@ class Settings:
     grace: float = 30.0
 
     def __post_init__(self):
-        for name in ("port", "admin_port"):
+        for name in ("port", "admin_port", "grpc_port"):
             _check(name, value := getattr(self, name), (value is None and name != "port")
                    or (type(value) is int and 0 <= value < 65536), "a port from 0 (any free one) to 65535")
         for name in POSITIVE:

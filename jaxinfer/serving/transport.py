@@ -1,0 +1,78 @@
+"""uvicorn's connections with fewer copies: a large piece goes to the socket from where it lies, a file by sendfile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from functools import partial
+from typing import Any
+
+import h11
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+PATHSEND = "http.response.pathsend"  # the ASGI extension by which Starlette's FileResponse hands over a path
+
+
+class Protocol(H11Protocol):
+    """For uvicorn's `http`."""
+
+    def __init__(self, config: Config, *args: Any, **options: Any):
+        super().__init__(config, *args, **options)
+        limit = config.h11_max_incomplete_event_size
+        self.conn = Connection(h11.SERVER) if limit is None else Connection(h11.SERVER, limit)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app = Sendfile(self.app, transport)  # type: ignore[assignment]
+
+
+class Hollow:
+    """Bytes of a body that go to the socket in another way: here they are only counted."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class Connection(h11.Connection):
+    """h11 joins what it sends, which would copy each piece of a body once."""
+
+    def send(self, event: h11.Event) -> Any:
+        parts = self.send_with_data_passthrough(event)
+        if parts is None:
+            return None
+        if len(parts) == 1:
+            return b"" if isinstance(parts[0], Hollow) else parts[0]
+        return b"".join(parts)
+
+
+class Sendfile:
+    """The application with that extension: the kernel sends the file, where the connection is not encrypted."""
+
+    def __init__(self, app: Any, transport: asyncio.Transport):
+        self.app: ASGIApp = app
+        self.transport = transport
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope.setdefault("extensions", {})[PATHSEND] = {}
+            send = partial(self._send, send)
+        await self.app(scope, receive, send)
+
+    async def _send(self, send: Send, message: Message) -> None:
+        if message["type"] != PATHSEND:
+            return await send(message)
+        with open(message["path"], "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            await send({"type": "http.response.body", "body": Hollow(size), "more_body": True})
+            if not self.transport.is_closing():
+                try:
+                    await asyncio.get_running_loop().sendfile(self.transport, file, 0, size)
+                except ConnectionError:  # whoever asked has hung up
+                    self.transport.abort()
+                    await asyncio.sleep(0)  # in which the connection hears of it
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
