@@ -1,0 +1,71 @@
+"""How a server is set up: where it listens, who may ask, and what is too much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.errors import InvalidOption
+
+POSITIVE = ("max_body", "max_head", "request_timeout", "body_timeout", "stall_timeout", "keep_alive")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Nonsense is refused on construction with `InvalidOption`. Secrets are not part of its repr.
+
+    Listening: `host`, `port` (0 takes a free one); `admin_port` (None: there is no administration) on `admin_host`,
+    behind `admin_token`. `certificate` and `private_key` are PEM files, for TLS on both.
+
+    Asking: any of `api_keys` as "Authorization: Bearer ..." (empty: nobody is asked for one).
+
+    Limits: bytes of a body (`max_body`) and of all headers (`max_head`); seconds for a body to come (`body_timeout`),
+    for a request to be answered (`request_timeout`), that one who reads slowly may take nothing (`stall_timeout`), that
+    an idle connection stays (`keep_alive`), and that what runs may go on for once the server is told to stop (`grace`).
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None
+    admin_token: str | None = field(default=None, repr=False)
+    certificate: Path | None = None
+    private_key: Path | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    max_body: int = 16 << 20
+    max_head: int = 64 << 10
+    body_timeout: float = 30.0
+    request_timeout: float = 600.0
+    stall_timeout: float = 30.0
+    keep_alive: float = 30.0
+    grace: float = 30.0
+
+    def __post_init__(self):
+        for name in ("port", "admin_port"):
+            _check(name, value := getattr(self, name), (value is None and name != "port")
+                   or (type(value) is int and 0 <= value < 65536), "a port from 0 (any free one) to 65535")
+        for name in POSITIVE:
+            _check(name, value := getattr(self, name), type(value) in (int, float) and value > 0, "a number > 0")
+        _check("grace", self.grace, type(self.grace) in (int, float) and self.grace >= 0, "seconds >= 0")
+        if isinstance(self.api_keys, str) or not all(isinstance(key, str) and _is_token(key) for key in self.api_keys):
+            raise InvalidOption("api_keys must be texts of printable ASCII characters without blanks")
+        if (self.admin_port is None) != (self.admin_token is None):
+            raise InvalidOption("admin_port and admin_token go together: give both, or neither")
+        if self.admin_token is not None and not _is_token(self.admin_token):
+            raise InvalidOption("admin_token must be a text of printable ASCII characters without blanks")
+        if (self.certificate is None) != (self.private_key is None):
+            raise InvalidOption("certificate and private_key go together: give both for TLS, or neither")
+        for name in ("certificate", "private_key"):
+            file = getattr(self, name)
+            if file is not None and not Path(file).is_file():
+                raise InvalidOption(f"{name} is {str(file)!r}, which is no file")
+
+
+def _is_token(text: str) -> bool:
+    return bool(text) and all("!" <= char <= "~" for char in text)
+
+
+def _check(name: str, value: Any, right: bool, wanted: str) -> None:
+    if not right:
+        raise InvalidOption(f"{name} is {value!r}; it must be {wanted}")
