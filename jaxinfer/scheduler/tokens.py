@@ -129,6 +129,13 @@ class Scheduler:
         self._refused: tuple | None = None
         self._fitting: list[int] = []  # the rungs that the next step may be made to fit
 
+    def anew(self) -> Scheduler:
+        """One like this, for which nothing runs or waits."""
+        made = Scheduler(self.groups, max_rows=self.max_rows, chunk=self.chunk, budget=self.budget, chunks=self.chunks,
+                         rungs=self.rungs, again=self.again)
+        made.version = self.version
+        return made
+
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of this many tokens could run if it were alone."""
         return all(self._most(group, tokens) <= group.pages for group in self.groups)
