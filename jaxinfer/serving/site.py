@@ -11,6 +11,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from jaxinfer.runtime.registry import Registry
+from jaxinfer.serving.record import Record
 from jaxinfer.serving.settings import Settings
 
 
@@ -31,6 +32,7 @@ class Site:
     settings: Settings
     loading: dict[str, Loading] = field(default_factory=dict)
     draining: bool = False
+    record: Record = field(default_factory=Record)  # of what it has seen
 
 
 class Part(NamedTuple):
