@@ -8,11 +8,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from starlette.applications import Starlette
 
 from jaxinfer.runtime.registry import Registry
+from jaxinfer.serving import dashboard, health, logs, metrics, profiling
 from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Part, Site
 
 # One line for each protocol or observer; the first one's `around` is the outermost.
-PARTS: tuple[Callable[[Site], Part], ...] = ()
+PARTS: tuple[Callable[[Site], Part], ...] = (logs.part, health.part, metrics.part, profiling.part, dashboard.part)
 
 
 def application(registry: Registry, *, settings: Settings | None = None) -> Starlette:
