@@ -26,6 +26,7 @@ from jaxinfer.frontend.catalog import resolve
 from jaxinfer.frontend.checkpoint import open_checkpoint
 from jaxinfer.frontend.gguf_tokenizer import from_gguf
 from jaxinfer.request import Request, Sampling, Sequence
+from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.answer import Answer
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.engine import Engine, News
@@ -44,7 +45,7 @@ class Drawn(np.ndarray):
 class Instant:
     """Executables of a device that needs no time: it draws the same tokens for every step."""
 
-    runs_ahead = True
+    name, runs_ahead, waited = "instant", True, 0.0
 
     def __init__(self, ladder: Ladder):
         self.ladder, self.table_width, self.max_context = ladder, {"full": CONTEXT // 64}, CONTEXT
@@ -54,6 +55,9 @@ class Instant:
 
     def empty(self, what):
         return {}
+
+    def took(self, key, seconds):
+        pass
 
     def ready(self, shape, *then):
         return True
@@ -91,8 +95,8 @@ def share(rows: int, steps: int) -> dict[str, float]:
         errors.append(error)
         done.set()
 
-    engine = Engine(Instant(ladder), scheduler, None, tell, failed,  # type: ignore[arg-type]
-                    max_waiting=10**6, max_waiting_tokens=10**9)
+    engine = Engine(Instant(ladder), scheduler, {1: None}, tell, failed,  # type: ignore[arg-type]
+                    Admission(10**6, 10**9))
 
     def timed(name, function):
         def call(*args):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxinfer.request import Sampling
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,72 @@ class Replicated:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """When what happened to a request, in seconds of `time.perf_counter`: it was `submitted`; it `began` to be read
+    (None: it never was), in `chunks` (from its dispatch until it was done, and its tokens); the tokens of each sample
+    came (`drawn`); it `ended`. `detokenised` is how long making text of its tokens took in all."""
+
+    submitted: float
+    ended: float
+    began: float | None = None
+    chunks: tuple[tuple[float, float, int], ...] = ()
+    drawn: tuple[tuple[float, ...], ...] = ()
+    detokenised: float = 0.0
+
+
+@dataclass(frozen=True)
 class RequestEnded:
-    """A request left the engine; `reason` is a finish reason of `Output`."""
+    """A request left `model`; `reason` is a finish reason of `Output`. `reused` tokens of its prompt were found
+    computed; `copied` bytes of an endpoint's request were copied on their way to the device. `tag` is what `tagged`
+    said when it was asked. `marks` are there only if somebody listened meanwhile."""
 
     id: int
     reason: str
     prompt_tokens: int
     tokens: int
+    model: str = ""
+    reused: int = 0
+    copied: int = 0
+    sampling: Sampling | None = None
+    tag: Any = None
+    marks: Marks | None = None
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """An engine has taken a step for `rows` requests, which read `tokens` tokens and drew `drawn`: each stage, and its
+    seconds."""
+
+    model: str
+    rows: int
+    tokens: int
+    drawn: int
+    stages: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A stage of serving a request that is no part of a step took so many seconds."""
+
+    stage: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """New requests to `model` run on other weights, of this version."""
+
+    model: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A thread that serves `model` has ended or stands still; `why` says which, `revived` whether another goes on."""
+
+    model: str
+    why: str
+    revived: bool
 
 
 @dataclass(frozen=True)
@@ -93,9 +158,11 @@ class TensorsServed:
     bytes_copied: int
 
 
-Event = Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Retried | TierClosed | TensorsServed
+Event = (Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Stepped | Timed | Swapped | Stopped
+          | Retried | TierClosed | TensorsServed)
 _observers: tuple[Callable[[Event], None], ...] = ()
 _lock = threading.Lock()
+_tag: ContextVar[Any] = ContextVar("jaxinfer-tag", default=None)
 
 
 def observed() -> bool:
@@ -132,3 +199,30 @@ def observe(observer: Callable[[Event], None]) -> Iterator[None]:
     finally:
         with _lock:
             _observers = tuple(o for o in _observers if o is not observer)
+
+
+@contextmanager
+def tagged(tag: Any) -> Iterator[None]:
+    """What is asked for inside the `with` block can be told apart: its `RequestEnded` carries this `tag`. It follows
+    the context into asyncio's tasks and `to_thread`."""
+    token = _tag.set(tag)
+    try:
+        yield
+    finally:
+        _tag.reset(token)
+
+
+def tag() -> Any:
+    """What `tagged` said here."""
+    return _tag.get()
+
+
+@contextmanager
+def timed(stage: str) -> Iterator[None]:
+    """Tell how long the `with` block took, if anybody listens."""
+    if not _observers:
+        yield
+        return
+    began = time.perf_counter()
+    yield
+    emit(Timed(stage, time.perf_counter() - began))

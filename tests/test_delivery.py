@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import jaxinfer as ji
+from jaxinfer import events
 from jaxinfer.request import Sampling, Sequence
 from jaxinfer.runtime.delivery import Sample
 from tests.running import all_free, eventually, hooked
@@ -165,6 +166,23 @@ def test_times_are_in_order(lm):
 
 
 # Log-probabilities.
+
+
+def test_a_request_is_timed_for_who_listens_and_for_nobody_else(lm, monkeypatch):
+    closed, close = [], lm._delivery._close
+    monkeypatch.setattr(lm._delivery, "_close", lambda ticket, reason: (closed.append(ticket), close(ticket, reason)))
+    lm("w1 w2", max_tokens=4, ignore_eos=True)
+    ended: list[events.Event] = []
+    with events.observe(ended.append):
+        output = lm([7] * 80, max_tokens=4, ignore_eos=True, reuse=False)
+    unseen, seen = closed
+    assert not unseen.samples[0].drawn and not unseen.chunks and unseen.detokenised == 0
+    assert len(seen.samples[0].drawn) == 4 and sum(tokens for *_, tokens in seen.chunks) == 80
+    (event,) = (event for event in ended if isinstance(event, events.RequestEnded))
+    marks = event.marks
+    assert (event.reason, event.prompt_tokens, event.tokens, event.reused) == ("length", 80, 4, 0)
+    assert marks.submitted <= marks.began <= marks.chunks[0][0] <= marks.chunks[-1][1] <= marks.drawn[0][0]
+    assert marks.drawn[0][-1] <= marks.ended and marks.drawn[0][0] - marks.submitted == output.timings.first_token
 
 
 def test_each_token_comes_with_its_logprob_and_the_likeliest(lm):

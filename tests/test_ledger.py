@@ -37,9 +37,11 @@ def test_an_entry_counts_what_its_hits_carried_and_padded():
     assert entry is ledger["forward[T=8,R=8]"] and (len(ledger), list(ledger)) == (1, [entry])
     assert entry.origin == "listed" and entry.waste == 0
     entry.hits, entry.tokens, entry.padding, entry.kernels = 2, 12, 4, {"attend": "visits", "matmul": "two_rows"}
+    entry.usual = 0.0025
     header, row = str(ledger).splitlines()
     assert header.split("  ")[0] == "executable" and "padding" in header
-    assert row.split() == ["forward[T=8,R=8]", "listed", "0.00", "0.0", "2", "25%", "attend:visits", "matmul:two_rows"]
+    assert row.split() == ["forward[T=8,R=8]", "listed", "0.00", "0.0", "2", "2.5", "25%", "attend:visits",
+                           "matmul:two_rows"]
 
 
 @given(names=st.lists(TEXT, max_size=3, unique=True), missed=TEXT, seconds=st.floats(0, 1e4),

@@ -56,6 +56,7 @@ class Executables(Programs):
 
     runs_ahead = True  # whether a step may be dispatched before the one before it has been read back
     gives_logits = "forward"  # the kind of program that does
+    restarts = True  # whether another engine can go on with them where one stopped in the middle of a step
 
     def __init__(self, graph: Graph, ladder: Ladder, *, params: Any, state: Any, max_rows: int, max_context: int,
                  table_width: dict[str, int], device: jax.Device | Placement, platform: str | None = None,

@@ -11,7 +11,7 @@ from typing import ClassVar
 class Entry:
     """One Executable. `origin` is "listed" until it is compiled, then "compiled" or "disk"; it was begun at `began`
     (`time.perf_counter`), and `read` bytes came from the disk. `bytes` are its temporaries. `tokens` and `padding`
-    count what its hits carried and what they padded."""
+    count what its hits carried and what they padded. A step that runs it takes `usual` seconds (0: not known yet)."""
 
     name: str
     origin: str = "listed"
@@ -24,6 +24,7 @@ class Entry:
     missed: str = ""
     began: float = 0.0
     read: int = 0
+    usual: float = 0.0
 
     @property
     def waste(self) -> float:
@@ -31,7 +32,7 @@ class Entry:
         return self.padding / max(self.tokens + self.padding, 1)
 
 
-COLUMNS = ("executable", "origin", "compile s", "temp MB", "hits", "padding", "kernels", "last miss")
+COLUMNS = ("executable", "origin", "compile s", "temp MB", "hits", "usual ms", "padding", "kernels", "last miss")
 
 
 class Table:
@@ -73,7 +74,8 @@ class Ledger(Table):
 
     def rows(self) -> list[tuple[str, ...]]:
         return [
-            (e.name, e.origin, f"{e.seconds:.2f}", f"{e.bytes / 1e6:.1f}", str(e.hits), f"{e.waste:.0%}",
+            (e.name, e.origin, f"{e.seconds:.2f}", f"{e.bytes / 1e6:.1f}", str(e.hits),
+             f"{e.usual * 1e3:.1f}" if e.usual else "", f"{e.waste:.0%}",
              " ".join(f"{op}:{how}" for op, how in e.kernels.items()), e.missed)
             for e in self
         ]

@@ -41,6 +41,9 @@ class Programs:
         self.place = device if isinstance(device, Placement) else Placement(device)
         self.platform, self.forced = platform or self.place.device.platform, forced or {}
         self.ledger = Ledger()
+        self.usual: dict[Any, float] = {}  # seconds that what runs a key takes
+        self.awaited: Any = None  # the key that `get` waits for,
+        self.waited = 0.0  # and the seconds that it has waited
         self._ready: dict[Any, Callable] = {}
         self._pending: dict[Any, Future] = {}
         self._lock = threading.RLock()
@@ -175,12 +178,25 @@ class Programs:
 
     def get(self, key: Any, real: int = 1, padded: int = 1) -> Callable:
         """The program of `key`, waited for if need be, and counted as a hit: `real` of `padded` are no padding."""
-        found = self._ready.get(key) or self.prepare(key)[0].result()
+        found = self._ready.get(key) or self._await(key)
         entry = self.ledger[str(key)]
         entry.hits += 1
         entry.tokens += real
         entry.padding += padded - real
         return found
+
+    def _await(self, key: Any) -> Callable:
+        self.awaited, began = key, time.perf_counter()
+        try:
+            return self.prepare(key)[0].result()
+        finally:
+            self.awaited, self.waited = None, self.waited + time.perf_counter() - began
+
+    def took(self, key: Any, seconds: float) -> None:
+        """What runs `key` took so long; this time counts for a fifth of what is usual."""
+        usual = self.usual[key] = 0.8 * self.usual.get(key, seconds) + 0.2 * seconds
+        if entry := self.ledger.entries.get(str(key)):
+            entry.usual = usual
 
     def nearest(self, holding: Sequence[Any], why: Callable[[Any], str]) -> Any:
         """Which of the keys that can hold a step, its own first, it runs on: the first that is ready, while its own is
@@ -205,6 +221,7 @@ class Programs:
             for key in [key for key in self._pending if not wanted(key)]:
                 del self._pending[key]
                 self._ready.pop(key, None)
+                self.usual.pop(key, None)
                 self.ledger.entries.pop(str(key), None)
 
     def close(self) -> None:

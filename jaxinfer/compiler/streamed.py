@@ -35,7 +35,7 @@ class Streamed(Executables):
     otherwise cost one more sweep.
     """
 
-    runs_ahead, gives_logits = False, "end forward"
+    runs_ahead, gives_logits, restarts = False, "end forward", False
 
     def __init__(self, layers: Layers, graph: Graph, ladder: Ladder, **how: Any):
         self.layers = layers

@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from jaxinfer import events
 from jaxinfer.errors import CorruptFile, InvalidRequest, ModelNotFound
 from jaxinfer.frontend import chat
 from jaxinfer.frontend.text_stream import Detokenizer, TextStream
@@ -61,7 +62,8 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InvalidRequest(f"the text to encode is a {type(text).__name__}; it must be a str")
         try:
-            ids = self.backend.encode(text, add_special_tokens=add_special and self._affixes is None).ids
+            with events.timed("tokenise"):
+                ids = self.backend.encode(text, add_special_tokens=add_special and self._affixes is None).ids
         except (TypeError, UnicodeError) as error:
             problem = "the text holds lone surrogates, which are not characters; replace them"
             raise InvalidRequest(problem) from error

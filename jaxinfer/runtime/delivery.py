@@ -9,6 +9,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from jaxinfer.errors import Closed, Expired, RequestFailed
 from jaxinfer.frontend.tokenizer import TextStream, Tokenizer
 from jaxinfer.request import FinishReason, Logprob, Output, Piece, Request, Sequence, Timings
 from jaxinfer.runtime.answer import Answer
-from jaxinfer.runtime.engine import News
+from jaxinfer.runtime.engine import Chunks, News
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Sample:
     told: int = 0  # tokens that pieces have carried
     logprobs: list[Logprob] = field(default_factory=list)
     first_at: float | None = None
+    drawn: list[float] = field(default_factory=list)  # when each token came, while somebody listens
     output: Output | None = None
 
     def add(self, text: str, final: bool = False) -> tuple[str, bool]:
@@ -64,7 +66,10 @@ class Ticket:
     samples: list[Sample]
     answer: Answer
     submitted: float
+    tag: Any = None
     read_at: float | None = None
+    chunks: list[tuple[float, float, int]] = field(default_factory=list)  # of `Marks`, while somebody listens
+    detokenised: float = 0.0
     scores: dict[int, Logprob] = field(default_factory=dict)  # by position
     pooled: list[Any] | None = None  # the sum of the prompt's hidden states, and the last one
 
@@ -91,6 +96,7 @@ class Delivery:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self.model = ""  # what its events call it
         self._tickets: dict[int, tuple[Ticket, Sample]] = {}  # by sequence
         self._deadlines: list[tuple[float, int, weakref.ref[Ticket], str]] = []
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -105,7 +111,8 @@ class Delivery:
                echo: str = "") -> Ticket:
         """Open a ticket; call it before the sequences are submitted. The text of each begins with `echo`."""
         samples = [Sample(s, i, self._tokenizer.stream(), echo) for i, s in enumerate(sequences)]
-        ticket = Ticket(request, samples, answer, time.perf_counter() if submitted is None else submitted)
+        submitted = time.perf_counter() if submitted is None else submitted
+        ticket = Ticket(request, samples, answer, submitted, events.tag())
         self._post(partial(self._open, ticket))
         return ticket
 
@@ -207,8 +214,12 @@ class Delivery:
         for sample in ticket.samples:
             if self._tickets.pop(sample.sequence.id, None) and sample.sequence.ended is None:
                 self._end(sample.sequence, reason)
-        sequence, tokens = ticket.samples[0].sequence, sum(len(sample.tokens) for sample in ticket.samples)
-        events.emit(events.RequestEnded(sequence.id, reason, sequence.prompt, tokens))
+        if events.observed():
+            sequence, tokens = ticket.samples[0].sequence, sum(len(sample.tokens) for sample in ticket.samples)
+            marks = events.Marks(ticket.submitted, time.perf_counter(), ticket.read_at, tuple(ticket.chunks),
+                                 tuple(tuple(sample.drawn) for sample in ticket.samples), ticket.detokenised)
+            events.emit(events.RequestEnded(sequence.id, reason, sequence.prompt, tokens, self.model, sequence.reused,
+                                            sampling=ticket.request.sampling, tag=ticket.tag, marks=marks))
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         try:
@@ -221,12 +232,25 @@ class Delivery:
             if sequence.id in self._tickets:
                 ticket = self._tickets[sequence.id][0]
                 ticket.read_at = ticket.read_at or news.at
+        if news.chunks is not None:
+            self._note(news.chunks, news.at)
         if news.read:
             sequence, start, arrays = news.read
             self._guard(sequence.id, lambda ticket, _: self._read(ticket, start, arrays))
         for sequence, token, reason in news.drawn:
             told = news.logprobs and news.logprobs.get(sequence.id)
             self._guard(sequence.id, self._add, token, reason, told, news.at)
+
+    def _note(self, chunks: Chunks, at: float) -> None:
+        """When chunks of prompts were read. One from which nothing is drawn is waited for here: what is told of later
+        steps cannot have come before."""
+        if chunks.logits_RV is not None:
+            with suppress(Exception):  # its step has failed: the engine tells whom it was for
+                chunks.logits_RV.block_until_ready()
+            at = time.perf_counter()
+        for id, tokens in chunks.tokens:
+            if id in self._tickets:
+                self._tickets[id][0].chunks.append((chunks.began, at, tokens))
 
     def _guard(self, id: int, act: Callable[..., None], *args: Any) -> None:
         """A tokenizer or a callback that fails harms its own request only."""
@@ -260,8 +284,13 @@ class Delivery:
             most = sample.sequence.sampling.logprobs
             if most is not None:
                 sample.logprobs.append(_logprob(told[0], told[1], token, most))
+            watched = events.observed()
+            began = time.perf_counter() if watched else 0.0
             if reason != "stop" or token not in sample.sequence.stops:
                 text = sample.text.push(token)
+            if watched:
+                sample.drawn.append(at)
+                ticket.detokenised += time.perf_counter() - began
         show, stopped = sample.add(text)
         if reason and not stopped:
             more, stopped = sample.add(sample.text.finish(), final=True)

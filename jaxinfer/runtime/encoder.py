@@ -59,7 +59,7 @@ class FlatWork(VersionedWork):
     """Runs an Encoder for a `Runner`: the rows of a batch stand side by side, and only the bucket's end is padding."""
 
     def __init__(self, programs: Encoders, ladder: dict[int, tuple[EncoderBucket, ...]], version: Version):
-        super().__init__(version)
+        super().__init__(version, programs)
         self.programs, self.ladder = programs, ladder
 
     def bucket(self, longest: int, tokens: int) -> EncoderBucket:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxinfer import events
 from jaxinfer.compiler import Bucket, Executables, Key
 from jaxinfer.compiler.buckets import STEPS
 from jaxinfer.compiler.executables import COPIES
@@ -29,18 +30,43 @@ from jaxinfer.runtime.record import Spill
 from jaxinfer.scheduler import Drawn, Plan, Scheduler
 from jaxinfer.scheduler.lower import Move
 
+CLOSED = "the model was closed while this request was waiting or running"
 TOGETHER = 0.05  # seconds that several decode steps in one call may take: nobody should see a stream stutter
 
 
 class News(NamedTuple):
     """What the engine tells of a step: who began to be read, what was drawn and who ended by it, log-probabilities
-    by sequence, and what was read of a prompt for its own sake: (sequence, position of the first, arrays)."""
+    by sequence, and what was read of a prompt for its own sake: (sequence, position of the first, arrays). Where
+    somebody listens, also how many tokens of whose prompts it read."""
 
     at: float
     began: tuple[Sequence, ...] = ()
     drawn: Iterable[Drawn] = ()  # to be gone through once
     logprobs: dict[int, Any] | None = None
     read: tuple[Sequence, int, Any] | None = None
+    chunks: Chunks | None = None
+
+
+class Chunks(NamedTuple):
+    """Of a step dispatched at `began`: how many tokens it read of the prompts of which sequences. It is done when it
+    is told of, or if nothing was drawn when `logits_RV` is there."""
+
+    began: float
+    tokens: list[tuple[int, int]]
+    logits_RV: Any = None
+
+
+class Pulse(NamedTuple):
+    """What an engine's thread has been doing since when: `deciding`, or waiting for the device, which is to do what
+    `keys` name, if anything."""
+
+    since: float
+    deciding: bool
+    keys: tuple[Key, ...] = ()
+
+
+class Abandoned(BaseException):
+    """Another engine has taken over: this one's thread must touch nothing any more."""
 
 
 @dataclass
@@ -53,7 +79,11 @@ class Flight:
     remember_R: np.ndarray
     then: tuple[Key, ...]
     fancy: bool  # whether a row of it wanted more than to draw; by the time it is read back, that row may have left
-    began: float = 0.0  # when it was dispatched
+    key: Key  # of what runs the model
+    planned: float  # seconds that it took to be planned, and to be packed;
+    packed: float
+    began: float  # when it was dispatched, without what it waited for compiles, and when that was done
+    left: float = 0.0
     logits_RV: Any = None
     tokens: Any = None
     logprobs: Any = None
@@ -64,18 +94,25 @@ class Engine:
     """Runs sequences on one model version. `tell` is called with `News` of every step, and `failed` with a sequence
     and an error, both from the engine's thread.
 
-    The state lives here and nowhere else: it is donated to each step and replaced by what the step returns. At most
-    `max_waiting` requests and `max_waiting_tokens` tokens of theirs wait; what comes on top is rejected. Where the
+    The state lives here and nowhere else: it is donated to each step and replaced by what the step returns. Where the
     scheduler keeps pages below the device, `mover` has them, on the disk in `spill`.
+
+    If it is `supervised`, and its thread dies or stands still, `successor` makes another engine that goes on.
     """
 
-    def __init__(self, executables: Executables, scheduler: Scheduler, params: Any, tell: Callable[[News], None],
-                 failed: Callable[[Sequence, BaseException], None], *, max_waiting: int, max_waiting_tokens: int,
+    def __init__(self, executables: Executables, scheduler: Scheduler, weights: dict[int, Any],
+                 tell: Callable[[News], None], failed: Callable[[Sequence, BaseException], None], queue: Admission,
                  spill: Spill | None = None):
         self.executables, self.scheduler = executables, scheduler
-        self.weights = {scheduler.version: params}  # by version: the newest, and those that somebody still runs on
+        self.weights = weights  # by version: the newest, and those that somebody still runs on
         self.tell, self.failed = tell, failed
-        self.queue = Admission(max_waiting, max_waiting_tokens)  # of those that are not yet begun to be read
+        self.queue = queue  # of those that are not yet begun to be read
+        self.supervised, self.model = False, executables.name  # what its events call it
+        self.pulse: Pulse | None = None  # None while there is nothing to do
+        self.died: BaseException | None = None
+        self._abandoned, self._heir = False, None
+        self._unread: list[tuple[int, Key, float]] = []  # dispatched steps of which nothing has been waited for yet
+        self._read_at = 0.0  # when the last one was waited for
         self.packer = Packer(scheduler.max_rows, executables.table_width, executables.graph.vocab)
         self._step_seconds = 1.0  # of a decode step, on average
         self._committed = 0.0  # when the last step was; 0 after a pause
@@ -84,8 +121,11 @@ class Engine:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self.spill = spill
         self.mover = PageMover(executables, scheduler, spill, self._post) if scheduler.tree.lower else None
-        self._reset()
+        self.state = self.last_S = self.history_SL = None
+        if weights:  # else it takes over from one that has lain down
+            self._reset()
         self._thread = threading.Thread(target=self._loop, name="jaxinfer-engine", daemon=True)
         self._thread.start()
 
@@ -100,13 +140,13 @@ class Engine:
         def enter():
             for sequence in sequences:
                 if sequence.ended is None:
-                    self.scheduler.submit(sequence)
+                    self.newest.scheduler.submit(sequence)
         self._post(enter)
 
     def end(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence between two steps. Whoever calls this tells its caller."""
         def leave():
-            self.scheduler.cancel(sequence.id, reason)
+            self.newest.scheduler.cancel(sequence.id, reason)
             sequence.ended = sequence.ended or reason
             self.queue.leave([sequence.id])
         self._post(leave)
@@ -114,9 +154,10 @@ class Engine:
     def swap(self, params: Any, onward: bool, version: int) -> None:
         """Between two steps, let new sequences run on other weights (`Scheduler.swap`), of this version."""
         def change():
-            self.weights = {**self.weights, version: params}
-            self.scheduler.swap(version, onward)
-            self._forget_weights()
+            engine = self.newest
+            engine.weights = {**engine.weights, version: params}
+            engine.scheduler.swap(version, onward)
+            engine._forget_weights()
 
         call_on(self._thread, self._post, change)
 
@@ -125,13 +166,14 @@ class Engine:
         gone: list[bool] = []
 
         def let_go():
-            if not self.scheduler.sequences:
+            engine = self.newest
+            if not engine.scheduler.sequences:
                 with suppress(Exception):  # a step for somebody who has left may be flying: it reads them
-                    jax.block_until_ready(self.state)
-                self.weights, self.state, self.last_S, self.history_SL = {}, None, None, None
-                self.scheduler.rewind()
-                if self.mover:
-                    self.mover.forget()
+                    jax.block_until_ready(engine.state)
+                engine.weights, engine.state, engine.last_S, engine.history_SL = {}, None, None, None
+                engine.scheduler.rewind()
+                if engine.mover:
+                    engine.mover.forget()
                 gone.append(True)
 
         call_on(self._thread, self._post, let_go)
@@ -142,12 +184,13 @@ class Engine:
         failed: list[Exception] = []
 
         def take():
+            engine = self.newest
             try:
-                self.weights = {self.scheduler.version: params}
-                self._reset()
-                jax.block_until_ready(self.state)  # whatever does not fit is to be told here
+                engine.weights = {engine.scheduler.version: params}
+                engine._reset()
+                jax.block_until_ready(engine.state)  # whatever does not fit is to be told here
             except Exception as error:
-                self.weights, self.state, self.last_S = {}, None, None
+                engine.weights, engine.state, engine.last_S = {}, None, None
                 failed.append(error)
 
         call_on(self._thread, self._post, take)
@@ -161,9 +204,12 @@ class Engine:
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:
-            self._check_open()
-            self._inbox.append(action)
-            self._wake.notify_all()
+            if self._heir is None:
+                self._check_open()
+                self._inbox.append(action)
+                self._wake.notify_all()
+                return
+        self._heir._post(action)
 
     def _check_open(self) -> None:
         if self._closing:
@@ -171,47 +217,141 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        return self._closing
+        return self.newest._closing
+
+    @property
+    def newest(self) -> Engine:
+        """The engine that goes on where this one stopped: itself, as a rule."""
+        return self if self._heir is None else self._heir.newest
 
     def close(self) -> None:
         """Stop after the step that runs now. Sequences that have not ended fail with `Closed`."""
+        if self._heir is not None:
+            self._heir.close()
+            return
         with self._wake:
             self._closing = True
             self._wake.notify_all()
         self.queue.close()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and not self._abandoned:
             self._thread.join()
+            if self.died is not None:
+                self._end_all(Closed, CLOSED)
+
+    # What supervision asks for.
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def successor(self, pulse: Pulse | None, why: str) -> Engine | None:
+        """Another engine in the place of this one, whose thread has died, or has not got on since `pulse`. None if it
+        has meanwhile, or is closed.
+
+        Who ran fails. Who waits goes on there, unless the thread stands still while it decides, in the middle of the
+        books perhaps: then they fail too, and the books are begun anew.
+        """
+        with self._wake:
+            if self._closing or self._abandoned or (self.alive and self.pulse is not pulse):
+                return None
+            self._abandoned = True
+        scheduler, failing = self._books(not (self.alive and pulse is not None and pulse.deciding))
+        for sequence in failing:
+            failure = StepFailed(f"the engine stopped while this request was in it: {why}")
+            self._tell_failed(sequence, failure, self.died)
+        self.state = self.history_SL = None  # the old pool goes before the new one comes
+        if self.mover:
+            self.mover.forget()
+        try:
+            heir = Engine(self.executables, scheduler, self.weights, self.tell, self.failed, self.queue, self.spill)
+        except Exception as error:
+            self.scheduler = scheduler
+            self._end_all(StepFailed, f"the engine stopped, and could not be started again: {error}", error)
+            raise
+        heir.supervised, heir.model = True, self.model
+        with self._wake:
+            for action in self._inbox:
+                heir._post(action)
+            self._heir, closing = heir, self._closing
+            self.weights = {}
+        if closing:
+            heir.close()
+        return heir
+
+    def _books(self, tidy: bool) -> tuple[Scheduler, list[Sequence]]:
+        """The books for who takes over, and who fails: those that ran; or in new books, unless the old ones are `tidy`,
+        all that are known."""
+        known = list(self.scheduler.sequences.values())
+        if tidy:
+            with suppress(Exception):  # the thread may have died of what is wrong in them
+                failing = [sequence for sequence in known if sequence.begun]
+                for sequence in failing:
+                    self.scheduler.cancel(sequence.id, "failed")
+                self.scheduler.rewind()
+                return self.scheduler, failing
+        return self.scheduler.anew(), known
+
+    def give_up(self, why: str) -> None:
+        """It has stopped, and nothing goes on: whoever waits or runs is told."""
+        with self._wake:
+            if self._closing or self._abandoned:
+                return
+            self._abandoned = True
+        self._end_all(StepFailed, f"the engine stopped: {why}", self.died)
 
     # In the engine's thread.
 
     def _loop(self) -> None:
-        kind, message, cause = Closed, "the model was closed while this request was waiting or running", None
+        kind, message, cause = Closed, CLOSED, None
         try:
             self._run()
+        except Abandoned:
+            return
         except BaseException as unexpected:
+            self.died = unexpected
+            if self._abandoned or (self.supervised and not self._closing):
+                return  # whoever supervises it sees to the rest
             kind, message, cause = StepFailed, f"the engine stopped: {unexpected}", unexpected
+        self._end_all(kind, message, cause)
+
+    def _end_all(self, kind: type[RequestFailed], message: str, cause: BaseException | None = None) -> None:
+        """Take nothing in any more, and end whatever has not ended."""
         with self._wake:
             self._closing, actions = True, tuple(self._inbox)
+            self._inbox.clear()
         self.queue.close()
         for action in actions:
-            action()
+            with suppress(Exception):  # one that killed the thread may be among those behind it
+                action()
+        end = self._tell_failed if self._abandoned and self.alive else self._end_one  # the books are in its hands
         for sequence in tuple(self.scheduler.sequences.values()):
-            self._fail(sequence, message, cause, kind)
+            end(sequence, kind(message), cause)
         if self.mover:
             self.mover.close()
         self.state = self.history_SL = None
         self.weights = {}
+
+    def _beat(self, deciding: bool = True, *more: Key) -> float:
+        """Say what comes next: to decide, or to wait for the device. `more` is about to be dispatched. Returns the
+        time."""
+        keys = *(key for _, key, _ in self._unread), *more
+        with self._wake:
+            if self._abandoned:
+                raise Abandoned()
+            self.pulse = Pulse(time.perf_counter(), deciding, keys)
+            return self.pulse.since
 
     def _run(self) -> None:
         flying: Flight | None = None
         while True:
             with self._wake:
                 while not (self._inbox or self._closing or flying or not self.scheduler.idle):
+                    self.pulse = None
                     self._wake.wait()
-                actions, closing = tuple(self._inbox), self._closing
-                self._inbox.clear()
-            for action in actions:
-                action()
+                self._beat()
+                closing = self._closing
+            for _ in range(len(self._inbox)):
+                self._inbox.popleft()()  # one by one: those behind one that fails are still there
             if closing:
                 break
             plan = None
@@ -241,6 +381,7 @@ class Engine:
                     self._sample(ahead)
             except Exception as error:
                 flying = None
+                self._beat()
                 self._recover(plan, error)
         if flying:
             with suppress(Exception):  # whoever it was for is told that the model has closed
@@ -283,6 +424,7 @@ class Engine:
 
     def _dispatch(self, plan: Plan) -> Flight | None:
         now = time.perf_counter()
+        planned = now - self.pulse.since if self.pulse else 0.0
         began = tuple(s for b in plan.began if (s := self.scheduler.sequences.get(b.sequence)))
         if began:
             self.queue.leave([s.id for s in began])
@@ -292,38 +434,49 @@ class Engine:
             bucket = next(b for b in find.ladder.prompts if b.holds(shape))
         else:
             bucket = find.bucket(shape, *then) if plan.steps == 1 else find.holding(shape)[0]
+        key = Key(plan.task if plan.task != "draw" else "forward", bucket)
+        if plan.steps > 1:
+            key = Key("greedy_steps" if then[0].kind == "greedy" else "steps", bucket)
+        packing = time.perf_counter()
         packed = self._pack(plan, bucket)
+        began, waited = self._beat(False, key), find.waited
         self._keep_house(plan)
         if packed is None:
             return None
-        plan, run, flight = packed
+        plan, run, rows, remember_R = packed
+        flight = Flight(plan, rows, remember_R, (), self.scheduler.fancy > 0, key, planned, began - packing, began)
+        self._launch(flight, run, then)
+        flight.left, flight.began = time.perf_counter(), began + find.waited - waited
+        self._unread.append((plan.number, key, flight.began))
+        return flight
+
+    def _launch(self, flight: Flight, run: Run, then: tuple[Key, ...]) -> None:
+        """Give a step to the device."""
+        plan, key, find = flight.plan, flight.key, self.executables
+        bucket: Bucket = key.shape  # type: ignore[assignment]
         flight.then = tuple(key._replace(shape=bucket.rows) for key in then)
-        first, real = (self.weights[plan.version], self.state, self.last_S, run), len(plan.tokens)
+        program = find.get(key, len(plan.tokens), bucket.tokens)
+        first = self.weights[plan.version], self.state, self.last_S, run
         if plan.steps > 1:
-            greedy = then[0].kind == "greedy"
-            steps = find.get(Key("greedy_steps" if greedy else "steps", bucket), real, bucket.tokens)
-            draws = () if greedy else (self.packer.draws(plan, flight.rows, bucket.rows),)
-            self.state, self.last_S, flight.tokens = steps(*first, flight.remember_R, *draws)
+            draws = () if key.kind == "greedy_steps" else (self.packer.draws(plan, flight.rows, bucket.rows),)
+            self.state, self.last_S, flight.tokens = program(*first, flight.remember_R, *draws)
             flight.tokens.copy_to_host_async()
-            return flight
-        if plan.task == "draw":
-            step = find.get(Key("forward", bucket), real, bucket.tokens)
-            flight.began = time.perf_counter()
-            self.state, flight.logits_RV = step(*first)
-        elif plan.task == "embed":
-            self.state, *flight.read = find.get(Key("embed", bucket), real, bucket.tokens)(*first)
+            return
+        if plan.task == "embed":
+            self.state, *flight.read = program(*first)
             flight.tokens = np.zeros(bucket.rows, np.int32)
-            return flight
+            return
+        if plan.task == "draw":
+            self.state, flight.logits_RV = program(*first)
         else:
-            score = find.get(Key("score", bucket), real, bucket.tokens)
-            self.state, flight.logits_RV, flight.read = score(*first, self._targets(plan, bucket))
+            self.state, flight.logits_RV, flight.read = program(*first, self._targets(plan, bucket))
+        self._beat(True, key)
         if not any(plan.draws):
             flight.tokens = np.zeros(bucket.rows, np.int32)  # a chunk of a prompt: nothing follows it
         elif not any(s.matcher is not None for s in self._drawing(plan).values()):
             self._sample(flight)
-        return flight
 
-    def _pack(self, plan: Plan, bucket: Bucket) -> tuple[Plan, Run, Flight] | None:
+    def _pack(self, plan: Plan, bucket: Bucket) -> tuple[Plan, Run, np.ndarray, np.ndarray] | None:
         """The step's arrays. Rows that cannot be packed fail, and the others go on without them."""
         try:
             run, remember_R, rows = self.packer.pack(plan, bucket)
@@ -342,7 +495,7 @@ class Engine:
             run, remember_R, rows = self.packer.pack(plan, bucket)  # for who was let in without a row, if for nobody
             if not plan.ids:
                 return None
-        return plan, run, Flight(plan, rows, remember_R, (), self.scheduler.fancy > 0)
+        return plan, run, rows, remember_R
 
     def _keep_house(self, plan: Plan) -> None:
         """Before the step: move pages, and write down the tokens of who wants them looked at."""
@@ -434,10 +587,18 @@ class Engine:
     # What became of it.
 
     def _commit(self, flight: Flight) -> None:
-        plan = flight.plan
+        plan, waits = flight.plan, flight.read is not None or any(flight.plan.draws)
+        self._beat(False)
+        start, ready = max(flight.left, self._read_at), 0.0
+        if watched := events.observed():
+            jax.block_until_ready(flight.tokens)
+            ready = time.perf_counter()
         tokens_NR = np.asarray(flight.tokens).reshape(plan.steps, -1)[:, flight.rows].tolist()
         logprobs = jax.tree.map(np.asarray, flight.logprobs)
-        now = time.perf_counter()
+        read = jax.tree.map(np.asarray, flight.read)
+        if waits:
+            self._took(plan.number)
+        now = self._beat()
         if self._committed and plan.singles == len(plan.ids):
             self._step_seconds += 0.3 * ((now - self._committed) / plan.steps - self._step_seconds)
         self._committed = now
@@ -446,15 +607,33 @@ class Engine:
         told = None
         if logprobs is not None:
             told = {id: (logprobs, row) for id, row in zip(plan.ids, flight.rows.tolist(), strict=True)}
-        read = None
-        if flight.read is not None and (reader := self.scheduler.sequences.get(plan.ids[0])):
-            read = (reader, plan.starts[0], jax.tree.map(np.asarray, flight.read))
+        reader = self.scheduler.sequences.get(plan.ids[0]) if read is not None else None
         drawn = self.scheduler.commit(plan, tokens_NR)
         if flight.fancy or min(map(min, tokens_NR)) < 0:
             drawn = self._look_at(list(drawn))
-        self.tell(News(now, (), drawn, told, read))
+        chunks = None
+        if watched and plan.singles < len(plan.ids):
+            lens = list(zip(plan.ids, plan.lens, strict=True))[plan.singles:]
+            chunks = Chunks(flight.began, lens, None if waits else flight.logits_RV)
+        self.tell(News(now, (), drawn, told, (reader, plan.starts[0], read) if reader else None, chunks))
         if len(self.weights) > 1:
             self._forget_weights()
+        if watched:
+            stages = {"plan": flight.planned, "pack": flight.packed, "dispatch": flight.left - flight.began}
+            if waits:
+                stages |= {"execute": max(ready - start, 0.0), "read back": now - max(ready, start)}
+            stages["commit"] = time.perf_counter() - now
+            events.emit(events.Stepped(self.model, len(plan.ids), len(plan.tokens) * plan.steps,
+                                       sum(plan.draws) * plan.steps, stages))
+
+    def _took(self, number: int) -> None:
+        """The steps up to this one are done: since the last that was waited for they took so long, by their tokens."""
+        now, done = time.perf_counter(), [step for step in self._unread if step[0] <= number]
+        self._unread = [step for step in self._unread if step[0] > number]
+        seconds, self._read_at = now - max(done[0][2], self._read_at), now
+        tokens = [key.shape.tokens for _, key, _ in done]  # type: ignore[union-attr]
+        for (_, key, _), count in zip(done, tokens, strict=True):
+            self.executables.took(key, seconds * count / sum(tokens))
 
     def _time_reading(self, flight: Flight, now: float) -> None:
         """Measure what a token of a prompt takes. Nobody waits for a chunk after which nothing is drawn: it is timed
@@ -495,12 +674,16 @@ class Engine:
             self._fail(sequence, f"the grammar refused the token {token}: {error}", error)
         return drawn
 
-    def _fail(self, sequence: Sequence, message: str, cause: BaseException | None = None,
-              kind: type[RequestFailed] = RequestFailed) -> None:
+    def _fail(self, sequence: Sequence, message: str, cause: BaseException | None = None) -> None:
         """End one request, with an error of its own; its neighbours go on."""
-        error = kind(message)
-        error.__cause__ = cause
+        self._end_one(sequence, RequestFailed(message), cause)
+
+    def _end_one(self, sequence: Sequence, error: RequestFailed, cause: BaseException | None) -> None:
         self.scheduler.cancel(sequence.id, "failed")
+        self._tell_failed(sequence, error, cause)
+
+    def _tell_failed(self, sequence: Sequence, error: RequestFailed, cause: BaseException | None) -> None:
+        error.__cause__ = cause
         self.queue.leave([sequence.id])
         self.failed(sequence, error)
 
@@ -511,10 +694,9 @@ class Engine:
         if plan is None:
             failed = [s for s in tuple(self.scheduler.sequences.values()) if self.scheduler.cancel(s.id, "failed")]
         for sequence in failed:
-            failure = StepFailed(f"the step failed, and failed again when it was repeated: {error}")
-            failure.__cause__ = error
-            self.queue.leave([sequence.id])
-            self.failed(sequence, failure)
+            self._tell_failed(sequence, StepFailed("the step failed, and failed again when it was repeated: "
+                                                   f"{error}"), error)
+        self._unread = []
         if self.mover:
             self.mover.forget()
         if self.weights:  # else it has lain down, and has no pages

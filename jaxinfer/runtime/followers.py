@@ -56,6 +56,8 @@ class Leader(Executables):
     """Process 0's programs: each call is told before it is made. A call's arguments are either arrays that an earlier
     one gave, and that each process has, or the host's, which are sent."""
 
+    restarts = False  # the others may be in the middle of a call
+
     def __init__(self, others: list[Connection], *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._others, self._numbers = others, itertools.count(PARAMS + 1)

@@ -30,7 +30,7 @@ from jaxinfer.graph import Graph
 from jaxinfer.request import CONSTRAINTS, REQUEST_OPTIONS, Output, Piece, Prompt, Request, Sampling, Score, Sequence
 from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.answer import Answer, Stream
-from jaxinfer.runtime.delivery import Ticket
+from jaxinfer.runtime.delivery import Delivery, Ticket
 from jaxinfer.runtime.engine import Engine
 from jaxinfer.runtime.living import Living
 from jaxinfer.runtime.memory import held
@@ -50,7 +50,8 @@ Ask = Prompt | Request
 @dataclass(frozen=True)
 class Statistics:
     """What a model is doing and has done. `waiting` and `running` requests; `steps` dispatched; sequences `preempted`;
-    prompt tokens `read` and `reused` (found computed); pages in all, free, and `kept` for those who begin alike."""
+    prompt tokens `read` and `reused` (found computed); pages in all, free, `kept` for those who begin alike, and `used`
+    by who runs."""
 
     waiting: int
     waiting_tokens: int
@@ -62,6 +63,7 @@ class Statistics:
     pages: int
     pages_free: int
     pages_kept: int
+    pages_used: int
 
     @property
     def hit_rate(self) -> float:
@@ -84,7 +86,6 @@ class LanguageModel(Living):
         self.graph, self.tokenizer, self.config = graph, tokenizer, config
         self.max_context = max_context
         self._front, self._eos = Front(shards), eos
-        self._engine, self._delivery = shards[0].engine, shards[0].delivery  # what is true of all is asked of the first
         self._ids, self._numbers, self._swapping = itertools.count(1), itertools.count(2), threading.Lock()
         self._startup, self._load_seconds, self._save = startup, time.perf_counter() - startup.began, save
         self._ring, self.again = ring, again
@@ -92,6 +93,7 @@ class LanguageModel(Living):
         self._weights, self._pages = held(executables.params), held(executables.state)  # bytes
         for shard in shards:
             shard.delivery.end = shard.engine.end
+        self.rename(graph.name)
         self._shut = weakref.finalize(self, self._front.close)  # also when it is dropped, and at exit
 
     # Asking.
@@ -287,6 +289,7 @@ class LanguageModel(Living):
                 number = next(self._numbers)
                 for shard, params in zip(self._front.shards, placed, strict=True):
                     shard.engine.swap(params, running == "continue", number)
+        events.emit(events.Swapped(self._delivery.model, number))
         return number
 
     def renumber(self, version: int, numbers: Iterator[int]) -> None:
@@ -350,7 +353,25 @@ class LanguageModel(Living):
             self._check_open()
             raise
 
+    @property
+    def hearts(self) -> tuple[Shard, ...]:
+        return self._front.shards
+
+    def rename(self, name: str) -> None:
+        """Be called this in events."""
+        for shard in self._front.shards:
+            shard.engine.model = shard.delivery.model = name
+
     # Inside.
+
+    @property
+    def _engine(self) -> Engine:
+        """What is true of all shards is asked of the first."""
+        return self._front.shards[0].engine
+
+    @property
+    def _delivery(self) -> Delivery:
+        return self._front.shards[0].delivery
 
     def _check_open(self) -> None:
         if self._engine.closed:
@@ -429,7 +450,8 @@ class LanguageModel(Living):
             engine.queue.enter({s.id: s.prompt for s in sequences}, wait, patience)
         except (Rejected, Expired) as error:
             reason = "expired" if isinstance(error, Expired) else "rejected"
-            events.emit(events.RequestEnded(sequences[0].id, reason, sequences[0].prompt, 0))
+            events.emit(events.RequestEnded(sequences[0].id, reason, sequences[0].prompt, 0, delivery.model,
+                                            tag=events.tag()))
             raise
         answer = Answer(lambda: delivery.abandon(ticket), on_piece)
         ticket = delivery.expect(request, sequences, answer, submitted, echo)
@@ -453,7 +475,8 @@ def _statistics(engine: Engine) -> Statistics:
     return Statistics(
         engine.queue.waiting, engine.queue.waiting_tokens, len(scheduler.running), scheduler.steps,
         scheduler.preempted, scheduler.read, scheduler.reused,
-        sum(p.size for p in pools), sum(p.free for p in pools), sum(tree.pages.values()))
+        sum(p.size for p in pools), sum(p.free for p in pools), sum(tree.pages.values()),
+        sum(pool.size - tree.obtainable(name) for name, pool in tree.pools.items()))
 
 
 def _prepare(engine: Engine, sequence: Sequence) -> list[Future]:

@@ -40,9 +40,43 @@ class Home(Protocol):
     def leave(self, model: Any) -> None: ...
 
 
+class Heart(Protocol):
+    """A thread that serves, as its supervisor sees it. `pulse` is another object whenever it has got on, and None while
+    it has nothing to do. While it is `supervised` it leaves its requests to who takes over, if it dies."""
+
+    @property
+    def supervised(self) -> bool: ...
+
+    def supervise(self, on: bool) -> None: ...
+
+    @property
+    def pulse(self) -> Any: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def compiling(self) -> bool:
+        """Whether it waits for a compile, which may take any time."""
+        ...
+
+    def usual(self, pulse: Any) -> float | None:
+        """Seconds that what it does takes as a rule; None if that is not known."""
+        ...
+
+    def revive(self, pulse: Any, why: str) -> bool:
+        """Have another thread go on in its place. False if it has got on since `pulse` or is closed. Raises
+        JaxinferError if that cannot be."""
+        ...
+
+    def give_up(self, why: str) -> None:
+        """Nobody will go on in its place: tell who waits."""
+        ...
+
+
 class Living:
-    """`_admissions` are the doors of the queues, `_busy` says whether a request has not ended, and `_shut` (a
-    `weakref.finalize`, so that it happens once) gives everything back.
+    """`_admissions` are the doors of the queues, `_busy` says whether a request has not ended, `hearts` are the threads
+    that serve, and `_shut` (a `weakref.finalize`, so that it happens once) gives everything back.
 
     It computes in `rooms`. It can sleep unless it is `restless` (and why), if it has a `home`; `again` reads the
     weights that it was made with from where they came once more, where that can be done.
@@ -66,6 +100,10 @@ class Living:
         return nullcontext() if self.home is None else self.home.keep(self, beside)
 
     @property
+    def hearts(self) -> Sequence[Heart]:
+        raise NotImplementedError
+
+    @property
     def _admissions(self) -> list[Admission]:
         raise NotImplementedError
 
@@ -75,8 +113,8 @@ class Living:
 
     @property
     def closed(self) -> bool:
-        """Whether no more requests are taken: it was closed, is drained, or its thread has ended."""
-        return any(admission.closed for admission in self._admissions)
+        """Whether no more requests are taken: it was closed, is drained, or all its threads have ended."""
+        return all(admission.closed for admission in self._admissions)
 
     def drain(self, seconds: float = 60.0) -> None:
         """Refuse what comes from now on, wait until what is here has ended (or for so many seconds), and close."""

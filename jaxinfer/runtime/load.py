@@ -31,6 +31,7 @@ from jaxinfer.kernels.quantised import FORCED
 from jaxinfer.kernels.quantised_pages import FORMATS
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime import origin
+from jaxinfer.runtime.admission import Admission
 from jaxinfer.runtime.delivery import Delivery
 from jaxinfer.runtime.devices import find_device, find_meshes
 from jaxinfer.runtime.engine import Engine
@@ -214,9 +215,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             if place is not places[0]:
                 params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, executables.params))
             with startup.phase("pages"):
-                engine = Engine(executables, scheduler, params, delivery.tell, delivery.failed,
-                                max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens,
-                                spill=below.spill if below else None)
+                engine = Engine(executables, scheduler, {scheduler.version: params}, delivery.tell, delivery.failed,
+                                Admission(max_waiting, max_waiting_tokens), below.spill if below else None)
             shards.append(Shard(undo.enter_context(closing(engine)), delivery))
         undo.pop_all()
     save = partial(save_folder, spec=model.spec, checkpoint=checkpoint, tokenizer=tokenizer,

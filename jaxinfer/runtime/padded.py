@@ -106,7 +106,7 @@ class PaddedWork(VersionedWork):
     `sizes` counts the true sizes that came, by axis."""
 
     def __init__(self, functions: Functions, version: Version, ladders: Ladders, nan: NanPolicy):
-        super().__init__(version)
+        super().__init__(version, functions)
         self.functions, self.ladders, self.nan = functions, ladders, nan
         self.sizes: dict[str, Counter[int]] = defaultdict(Counter)
         self._buffers = Buffers()

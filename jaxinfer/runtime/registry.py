@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from jaxinfer import events
 from jaxinfer.errors import Closed, InvalidOption, ModelNotFound, Rejected
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.dormitory import Dormitory
@@ -100,6 +101,11 @@ class Registry:
     def versions(self, name: str) -> list[int]:
         """The numbers of the versions that are loaded."""
         return sorted(self._shelf(name).ready)
+
+    @property
+    def models(self) -> list[ModelVersion]:
+        """All versions that are loaded, of all names."""
+        return [version for shelf in tuple(self._shelves.values()) for version in tuple(shelf.ready.values())]
 
     def labels(self, name: str) -> dict[str, int]:
         return {label: version.number for label, version in self._shelf(name).labels.items()}
@@ -222,6 +228,7 @@ class Registry:
         with self._dormitory.room(needs) as move_in:
             start, model = time.monotonic(), make()
             try:
+                model.rename(name)
                 model.warmup()
                 number = next(shelf.numbers) if number is None else number
                 model.renumber(number, shelf.numbers)
@@ -240,6 +247,8 @@ class Registry:
         if STABLE in old:
             shelf.before = old[STABLE].number
         shelf.labels = {**shelf.labels, **dict.fromkeys(labels, version)}
+        if old:
+            events.emit(events.Swapped(version.name, version.model.version))
         for other in old.values():
             self._retire(shelf, other, drain)
 

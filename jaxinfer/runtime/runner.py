@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jaxinfer import events
 from jaxinfer.errors import Closed, Expired, InvalidRequest, StepFailed
@@ -34,8 +34,28 @@ class Flight:
     work: Any
 
 
+class Pulse(NamedTuple):
+    """What a runner's thread has been doing since when: it waits for `flight`, or (None) launches one."""
+
+    since: float
+    flight: Flight | None
+
+
+class Abandoned(BaseException):
+    """Another thread has taken over: this one must touch nothing any more."""
+
+
 class Work(Protocol):
     """What a runner runs."""
+
+    @property
+    def compiling(self) -> bool:
+        """Whether `dispatch` waits for a compile."""
+        ...
+
+    def usual(self, flight: Flight) -> float | None:
+        """Seconds that a batch like this takes, if that is known."""
+        ...
 
     def dispatch(self, asks: list[Ask]) -> Flight:
         """Pack the requests and launch them; waits for nothing but compiles."""
@@ -52,11 +72,12 @@ class Work(Protocol):
 
 class Runner:
     """Owns a queue, a batcher and a thread. Each request ends once: whoever takes it out of `_open` tells its
-    caller."""
+    caller. If it is `supervised`, a thread that dies or stands still is replaced (`living.Heart`)."""
 
     def __init__(self, work: Work, batcher: Batcher, queue: Admission, name: str):
         self.work, self.batcher, self.queue, self.name = work, batcher, queue, name
         self.requests = self.batches = 0
+        self.supervised, self.pulse, self._given_up = False, None, False
         self._open: dict[int, Ask] = {}
         self.gate = Gate(lambda asks: self._post(lambda: [self.batcher.submit(ask) for ask in asks]),
                          lambda asks: any(ask.order[1] in self._open for ask in asks),
@@ -64,7 +85,10 @@ class Runner:
         self._inbox: deque[Callable[[], object]] = deque()
         self._wake, self._sleeping, self._closing = threading.Condition(), False, False
         self._flying: deque[Flight] = deque()
-        self._thread = threading.Thread(target=self._loop, name=f"jaxinfer-{name}", daemon=True)
+        self._start()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._loop, name=f"jaxinfer-{self.name}", daemon=True)
         self._thread.start()
 
     # From any thread.
@@ -105,7 +129,13 @@ class Runner:
     def _leave(self, ask: Ask, reason: str) -> None:
         self.queue.leave([ask.order[1]])
         self._post(lambda: self.batcher.cancel(ask))
-        events.emit(events.RequestEnded(ask.order[1], reason, 0, 0))
+        self._tell_ended(ask, reason)
+
+    def _tell_ended(self, ask: Ask, reason: str, copied: int = 0) -> None:
+        if events.observed():
+            marks = events.Marks(ask.at, time.perf_counter(), ask.taken)
+            events.emit(events.RequestEnded(ask.order[1], reason, 0, 0, self.name, copied=copied, tag=ask.tag,
+                                            marks=marks))
 
     def _post(self, action: Callable[[], object]) -> None:
         self._inbox.append(action)
@@ -155,10 +185,69 @@ class Runner:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and not self._given_up:
             self._thread.join()
+            self._end_all()  # nobody, unless the thread had died
+
+    # What supervision asks for.
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def compiling(self) -> bool:
+        return self.work.compiling
+
+    def supervise(self, on: bool) -> None:
+        self.supervised = on
+
+    def usual(self, pulse: Pulse) -> float | None:
+        return None if pulse.flight is None else self.work.usual(pulse.flight)
+
+    def revive(self, pulse: Pulse | None, why: str) -> bool:
+        """Who was in a batch fails; who waits is served by another thread."""
+        with self._wake:
+            if self._closing or (self.alive and self.pulse is not pulse):
+                return False
+            self._flying, self.pulse = deque(), None
+            failing = [id for id in tuple(self._open) if not self.queue.holds(id)]
+            self._start()
+        self._fail(failing, why)
+        return True
+
+    def give_up(self, why: str) -> None:
+        with self._wake:
+            self._closing = self._given_up = True
+        self.queue.close()
+        self._fail(tuple(self._open), why)
+
+    def _fail(self, ids: Iterable[int], why: str) -> None:
+        for id in ids:
+            self._finish(id, Result(error=StepFailed(f"{self.name} stopped while this request was in it: {why}")))
 
     # In the runner's thread.
+
+    def _beat(self, pulse: Pulse | None = None) -> None:
+        """Say what comes next, if it could stand still."""
+        with self._wake:
+            if threading.current_thread() is not self._thread or self._given_up:
+                raise Abandoned()
+            self.pulse = pulse
+
+    def _dispatch(self, asks: list[Ask]) -> Flight:
+        self._beat(Pulse(time.perf_counter(), None))
+        try:
+            return self.work.dispatch(asks)
+        finally:
+            self._beat()
+
+    def _results(self, flight: Flight) -> list[Result]:
+        self._beat(Pulse(time.perf_counter(), flight))
+        try:
+            return self.work.collect(flight)
+        finally:
+            self._beat()
 
     def _loop(self) -> None:
         try:
@@ -169,10 +258,17 @@ class Runner:
                 self._turn()
             while self._flying:
                 self._collect(self._flying.popleft())
+        except Abandoned:
+            return
         except BaseException:
             traceback.print_exc()
+            if self.supervised and not self._closing:
+                return  # whoever supervises it sees to the rest
         self._closing = True
         self.queue.close()
+        self._end_all()
+
+    def _end_all(self) -> None:
         for id in tuple(self._open):
             self._finish(id, Result(error=Closed("the model was closed while this request was waiting")))
 
@@ -190,6 +286,10 @@ class Runner:
         if len(self._flying) < AHEAD:
             asks = self.batcher.take(time.perf_counter(), idle=not self._flying)
         if asks:
+            if events.observed():
+                now = time.perf_counter()
+                for ask in asks:
+                    ask.taken = now
             self.queue.leave([ask.order[1] for ask in asks])
             self._launch([ask for ask in asks if ask.order[1] in self._open])
         elif self._flying and not self._look_out(self._flying[0]):
@@ -209,13 +309,13 @@ class Runner:
         if not asks:
             return
         try:
-            self._flying.append(self.work.dispatch(asks))
+            self._flying.append(self._dispatch(asks))
         except Exception as error:
             self._retry(asks, error)
 
     def _collect(self, flight: Flight) -> None:
         try:
-            results = self.work.collect(flight)
+            results = self._results(flight)
         except Exception as error:
             self._retry(flight.asks, error)
             return
@@ -228,8 +328,8 @@ class Runner:
         for ask in asks:
             if len(asks) > 1:
                 try:
-                    flight = self.work.dispatch([ask])
-                    self._tell(flight, self.work.collect(flight))
+                    flight = self._dispatch([ask])
+                    self._tell(flight, self._results(flight))
                     continue
                 except Exception as again:
                     error = again
@@ -250,8 +350,7 @@ class Runner:
         self.requests += 1
         if wake:
             self.queue.leave([id])
-        if events.observed():
-            events.emit(events.RequestEnded(id, "failed" if result.error else "stop", 0, 0))
+        self._tell_ended(ask, "failed" if result.error else "stop", result.bytes_copied)
         try:
             ask.sink.finish(result, version)
         except BaseException:  # a done callback's: sys.exit() as well

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxinfer import events
 from jaxinfer.compiler import Ledger
 from jaxinfer.compiler.placement import Placement
 from jaxinfer.compiler.programs import Programs
@@ -50,24 +51,30 @@ class VersionedWork(Work):
     """Work on weights that can be replaced: each batch reads `version` once. Counts bytes, and knows how long batches
     of each shape take, on average."""
 
-    def __init__(self, version: Version):
-        self.version = version
+    def __init__(self, version: Version, programs: Programs):
+        self.version, self.programs = version, programs
         self.bytes_in = self.bytes_copied = 0
-        self._seconds: dict[Hashable, float] = {}
 
     def seconds(self, key: Hashable) -> float:
         """That a batch of this shape will take, as far as is known."""
-        return self._seconds.get(key, 0.0)
+        return self.programs.usual.get(key, 0.0)
+
+    def usual(self, flight: Flight) -> float | None:
+        return self.programs.usual.get(flight.work.key)
+
+    @property
+    def compiling(self) -> bool:
+        return self.programs.awaited is not None
 
     def left(self, flight: Flight) -> float:
-        if (sure := SURE * self._seconds.get(flight.work.key, inf) - (time.perf_counter() - flight.work.started)) <= 0:
+        sure = SURE * self.programs.usual.get(flight.work.key, inf) - (time.perf_counter() - flight.work.started)
+        if sure <= 0:
             return 0.0
         return 0.0 if all(leaf.is_ready() for leaf in jax.tree.leaves(flight.work.outputs)) else sure
 
     def took(self, key: Hashable, started: float) -> None:
         """A batch of this shape, launched at `started`, has just come back."""
-        seconds = time.perf_counter() - started
-        self._seconds[key] = 0.8 * self._seconds.get(key, seconds) + 0.2 * seconds
+        self.programs.took(key, time.perf_counter() - started)
 
 
 class Workshop:
@@ -174,7 +181,7 @@ class Served(Living):
         shape, size, payload = self._enter(args, kwargs)
         now = time.perf_counter()
         return Ask(shape, (priority * AGEING + now, next(self._ids)), now, inf if timeout is None else now + timeout,
-                   size, payload, sink)
+                   size, payload, sink, events.tag())
 
     def _many(self, requests: list[tuple[tuple, dict[str, Any]]], options: dict[str, Any]) -> list[Any]:
         """The results of many requests, in their order; waits for room in the queue where it is full."""
@@ -223,6 +230,7 @@ class Served(Living):
                     raise Closed()
                 number = next(self._numbers)
                 self._work.version = Version(number, params)
+        events.emit(events.Swapped(self._runner.name, number))
         return number
 
     def renumber(self, version: int, numbers: Iterator[int]) -> None:
@@ -278,6 +286,14 @@ class Served(Living):
     @property
     def _busy(self) -> bool:
         return self._runner.busy
+
+    @property
+    def hearts(self) -> tuple[Runner]:
+        return (self._runner,)
+
+    def rename(self, name: str) -> None:
+        """Be called this in events."""
+        self._runner.name = name
 
 
 def _shut(runner: Runner, work: VersionedWork, programs: Programs) -> None:

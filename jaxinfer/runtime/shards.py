@@ -9,9 +9,10 @@ from typing import Any
 
 from jaxinfer.compiler import Ledger
 from jaxinfer.compiler.placement import Placement
+from jaxinfer.errors import StepFailed
 from jaxinfer.request import Sequence as Asked
 from jaxinfer.runtime.delivery import Delivery
-from jaxinfer.runtime.engine import Engine
+from jaxinfer.runtime.engine import Engine, Pulse
 from jaxinfer.runtime.gate import Gate
 from jaxinfer.runtime.memory import PAGE_SIZE
 
@@ -20,12 +21,47 @@ MOST_HOMES = 4096  # beginnings of prompts that are remembered
 
 class Shard:
     """An engine, what delivers its answers, and the gate in front of it, to which a request's sequences come
-    together."""
+    together. Another engine takes the place of one that stops (`Heart`)."""
 
     def __init__(self, engine: Engine, delivery: Delivery):
         self.engine, self.delivery = engine, delivery
-        self.gate = Gate(lambda sequences: engine.submit(*sequences),
+        self.gate = Gate(lambda sequences: self.engine.submit(*sequences),
                          lambda sequences: any(sequence.ended is None for sequence in sequences), self.fail)
+
+    @property
+    def supervised(self) -> bool:
+        return self.engine.supervised
+
+    def supervise(self, on: bool) -> None:
+        self.engine.supervised = on
+
+    @property
+    def pulse(self) -> Pulse | None:
+        return self.engine.pulse
+
+    @property
+    def alive(self) -> bool:
+        return self.engine.alive
+
+    @property
+    def compiling(self) -> bool:
+        return self.engine.executables.awaited is not None
+
+    def usual(self, pulse: Pulse) -> float | None:
+        known = self.engine.executables.usual
+        return sum(known[key] for key in pulse.keys) if all(key in known for key in pulse.keys) else None
+
+    def revive(self, pulse: Pulse | None, why: str) -> bool:
+        if not self.engine.executables.restarts:
+            raise StepFailed("layers that stream, and meshes of several processes, cannot go on within a step")
+        heir = self.engine.successor(pulse, why)
+        if heir is None:
+            return False
+        self.engine = heir
+        return True
+
+    def give_up(self, why: str) -> None:
+        self.engine.give_up(why)
 
     @property
     def load(self) -> int:

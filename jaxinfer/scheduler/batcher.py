@@ -16,7 +16,7 @@ BY_ORDER = attrgetter("order")
 class Ask:
     """One request that waits to be batched. Requests of one `shape` may share a batch. `order` is its place in the
     queue, `at` when it came and `deadline` when it must be done, in seconds; `size` is what it takes of a batch's
-    room. `payload` and `sink` are the caller's business."""
+    room; it was `taken` to be computed. `payload`, `sink` and `tag` are the caller's business."""
 
     shape: Any  # hashable
     order: tuple[float, int]
@@ -25,6 +25,8 @@ class Ask:
     size: int = 1
     payload: Any = None
     sink: Any = None
+    tag: Any = None
+    taken: float | None = None
 
 
 class Batcher:

@@ -108,6 +108,7 @@ class Scheduler:
                  chunks: int | None = 0, rungs: Iterable[int] = (), again: int = 0,
                  host: Mapping[str, int] | None = None, disk: Mapping[str, int] | None = None):
         self.groups = tuple(groups)
+        self.below = {"host": host, "disk": disk}
         self.tree = PrefixTree(self.groups, host, disk)
         self.max_rows, self.chunk, self.chunks = max_rows, chunk, chunks
         self.budget = budget or (max(chunk, max_rows) if chunks == 0 else chunk + max_rows)
@@ -131,6 +132,13 @@ class Scheduler:
         self._refused: tuple | None = None
         self._fitting: list[int] = []  # the rungs that the next step may be made to fit
         self._fetching: Sequence | None = None  # for whom pages are read from the disk
+
+    def anew(self) -> Scheduler:
+        """One like this, for which nothing runs or waits."""
+        made = Scheduler(self.groups, max_rows=self.max_rows, chunk=self.chunk, budget=self.budget, chunks=self.chunks,
+                         rungs=self.rungs, again=self.again, **self.below)
+        made.version = self.version
+        return made
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of this many tokens could run if it were alone."""

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from starlette.applications import Starlette
 
 from jaxinfer.runtime.registry import Registry
-from jaxinfer.serving import admin, openapi
+from jaxinfer.serving import admin, dashboard, health, logs, metrics, openapi, profiling
 from jaxinfer.serving.guard import HANDLERS, Guard
 from jaxinfer.serving.inference import part as inference
 from jaxinfer.serving.openai import api as openai
@@ -17,7 +17,8 @@ from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Part, Site
 
 # One line for each protocol or observer; the first one's `around` is the outermost.
-PARTS: tuple[Callable[[Site], Part], ...] = (openai.part, inference.part, admin.part)
+PARTS: tuple[Callable[[Site], Part], ...] = (logs.part, health.part, metrics.part, openai.part, inference.part,
+                                             admin.part, profiling.part, dashboard.part)
 
 
 def application(registry: Registry, *, settings: Settings | None = None) -> Starlette:

@@ -20,7 +20,7 @@ from jaxinfer.serving.site import Site
 from jaxinfer.serving.transport import PATHSEND
 
 # No key is asked for, and a server that stops answers these to the end.
-OPEN = {"/health", "/livez", "/readyz", "/startupz", "/metrics", "/v2/health/live", "/v2/health/ready"}
+OPEN = {"/health", "/livez", "/readyz", "/startupz", "/metrics", "/dashboard", "/v2/health/live", "/v2/health/ready"}
 OURS = re.compile(r"[\w.-]{1,128}")
 log = logging.getLogger("jaxinfer.serving")
 

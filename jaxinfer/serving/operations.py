@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from jaxinfer import events
 from jaxinfer.serving.problems import Problem, status_of
 
 JSON = "application/json"
@@ -53,7 +54,8 @@ class Operation(NamedTuple):
         given = await while_here(request.receive, self.answer(*body, **request.path_params))
         if isinstance(given, Events):
             return _Stream(given)
-        return Response(given if isinstance(given, bytes) else msgspec.json.encode(given), media_type=JSON)
+        with events.timed("serialise"):
+            return Response(given if isinstance(given, bytes) else msgspec.json.encode(given), media_type=JSON)
 
 
 class _Stream:
@@ -68,8 +70,8 @@ class _Stream:
     async def _send(self, send: Send) -> None:
         begun, failure = False, None
         try:
-            async with aclosing(self.stream.events) as events:
-                async for event in events:
+            async with aclosing(self.stream.events) as pieces:
+                async for event in pieces:
                     if not begun:
                         await send({"type": "http.response.start", "status": 200, "headers": HEAD})
                         begun = True

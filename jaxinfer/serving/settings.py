@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from jaxinfer.errors import InvalidOption
 
@@ -27,6 +28,10 @@ class Settings:
     Limits: bytes of a body (`max_body`) and of all headers (`max_head`); seconds for a body to come (`body_timeout`),
     for a request to be answered (`request_timeout`), that one who reads slowly may take nothing (`stall_timeout`), that
     an idle connection stays (`keep_alive`), and that what runs may go on for once the server is told to stop (`grace`).
+
+    Watching: `json_logs` writes a line of JSON on stderr for every request and incident, without prompts and answers;
+    `otlp` is the address of an OpenTelemetry collector ("http://127.0.0.1:4318"), to which traces, metrics and logs go
+    (pip install "jaxinfer[otel]").
     """
 
     host: str = "127.0.0.1"
@@ -46,6 +51,8 @@ class Settings:
     stall_timeout: float = 30.0
     keep_alive: float = 30.0
     grace: float = 30.0
+    json_logs: bool = False
+    otlp: str | None = None
 
     def __post_init__(self):
         for name in ("port", "admin_port", "grpc_port"):
@@ -62,6 +69,11 @@ class Settings:
             raise InvalidOption("admin_token must be a text of printable ASCII characters without blanks")
         if (self.certificate is None) != (self.private_key is None):
             raise InvalidOption("certificate and private_key go together: give both for TLS, or neither")
+        _check("json_logs", self.json_logs, type(self.json_logs) is bool, "True or False")
+        if self.otlp is not None:
+            address = urlsplit(self.otlp) if isinstance(self.otlp, str) else None
+            right = address is not None and address.scheme in ("http", "https") and bool(address.netloc)
+            _check("otlp", self.otlp, right, "the address of a collector, such as http://127.0.0.1:4318")
         for name in ("certificate", "private_key"):
             file = getattr(self, name)
             if file is not None and not Path(file).is_file():

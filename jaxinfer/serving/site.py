@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from jaxinfer.errors import InvalidOption
 from jaxinfer.runtime.registry import Registry
 from jaxinfer.serving.operations import Operation
+from jaxinfer.serving.record import Record
 from jaxinfer.serving.settings import Settings
 
 
@@ -40,6 +41,7 @@ class Site:
     grpc_port: int | None = None  # that gRPC listens on
     failure: BaseException | None = None  # why the server could not start
     loaded: set[str] = field(default_factory=set)  # names whose models are the server's own, to be closed with it
+    record: Record = field(default_factory=Record)  # of what it has seen
 
     def load(self, name: str, make: Callable[[], Any], **options: Any) -> int:
         """`Registry.load`, which `loading` tells of meanwhile, and afterwards if it failed and there is no other

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from jaxinfer import events
 from jaxinfer.serving.problems import ErrorBody, detail_of
 
 DONE = b"data: [DONE]\n\n"
@@ -19,7 +20,8 @@ def event(data: Any, name: str | None = None) -> bytes:
     b'event: told\\ndata: {"a":1}\\n\\n'
     """
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + encoder.encode(data) + b"\n\n"
+    with events.timed("serialise"):
+        return head + b"data: " + encoder.encode(data) + b"\n\n"
 
 
 def failed(error: BaseException) -> bytes:

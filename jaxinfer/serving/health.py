@@ -1,0 +1,122 @@
+"""Probes: whether the process lives, has started, and can serve, model by model. No probe enters a queue or waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import anyio
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from jaxinfer import events
+from jaxinfer.errors import ModelNotFound
+from jaxinfer.runtime.registry import STABLE
+from jaxinfer.runtime.supervisor import Supervisor
+from jaxinfer.serving.site import Part, Site
+
+
+def part(site: Site) -> Part:
+    """`/livez`, `/startupz`, `/readyz` and `/health` (vLLM's name), with reasons as JSON; `?model=NAME` asks for one.
+    While the server lives its models' threads are supervised."""
+    health = Health(site)
+    routes = [Route(path, partial(_answer, probe)) for path, probe in (
+        ("/livez", health.lives), ("/startupz", health.started), ("/readyz", health.ready), ("/health", health.ready))]
+    return Part(routes=routes, living=health.watched)
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether the answer is yes, and of what it is made."""
+
+    ok: bool
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reason: str | None = None
+
+
+class Health:
+    """What is known of a site, from plain attributes alone: nothing here takes a lock of a model's."""
+
+    def __init__(self, site: Site):
+        self.site = site
+        self.supervisor = Supervisor(lambda: [(version.name, version.model) for version in site.registry.models])
+        self.progress: dict[tuple[str, str], events.Progress] = {}  # of downloads and loads that go on
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        with events.observe(self.observe):
+            self.supervisor.start()
+            try:
+                yield
+            finally:
+                await anyio.to_thread.run_sync(self.supervisor.close)
+
+    def observe(self, event: events.Event) -> None:
+        if isinstance(event, events.Progress):
+            if event.done < event.total:
+                self.progress[event.what, event.name] = event
+            else:
+                self.progress.pop((event.what, event.name), None)
+
+    def lives(self, _: str | None = None) -> State:
+        """No while a model will not serve again, however long one waits: whoever supervises the process starts it
+        anew."""
+        lost = {}
+        for version in self.site.registry.models:
+            name, model = version.name, version.model
+            labelled = version.number in self._labels(name).values()  # else it is on its way out
+            if self.supervisor.hopeless(model) or (labelled and model.closed and not self.site.draining):
+                lost[name] = {"ready": False, "reason": self.supervisor.trouble(model) or "it is closed"}
+        return State(not lost, lost)
+
+    def started(self, _: str | None = None) -> State:
+        """Yes once every model that was asked for at the start is there, or has failed for good."""
+        coming = {name: self._loading(name) for name, loading in self.site.loading.items() if loading.error is None}
+        return State(not coming, coming)
+
+    def ready(self, model: str | None = None) -> State:
+        """Yes if `model` (None: each one that was asked for) can serve now."""
+        names = dict.fromkeys([*self.site.loading, *self.site.registry]) if model is None else [model]
+        models = {name: self._model(name) for name in names}
+        if self.site.draining:
+            return State(False, models, "the server is stopping")
+        if not models:
+            return State(False, models, "no model is loaded")
+        return State(all(found["ready"] for found in models.values()), models)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        stable = next((v for v in self.site.registry.models
+                       if v.name == name and v.number == self._labels(name).get(STABLE)), None)
+        if stable is not None:
+            trouble = self.supervisor.trouble(stable.model) or ("it is closed" if stable.model.closed else None)
+            return {"ready": trouble is None, "version": stable.number, **({"reason": trouble} if trouble else {})}
+        return self._loading(name) if name in (*self.site.loading, *self.site.registry) else {
+            "ready": False, "reason": "there is no such model"}
+
+    def _labels(self, name: str) -> dict[str, int]:
+        try:
+            return self.site.registry.labels(name)
+        except ModelNotFound:
+            return {}
+
+    def _loading(self, name: str) -> dict[str, Any]:
+        loading = self.site.loading.get(name)
+        if loading is not None and loading.error is not None:
+            return {"ready": False, "reason": f"it could not be loaded: {loading.error}"}
+        seconds = {} if loading is None else {"seconds": round(time.monotonic() - loading.since, 1)}
+        progress = [{"what": p.what, "name": p.name, "done": p.done, "total": p.total}
+                    for p in tuple(self.progress.values())]
+        return {"ready": False, "reason": "it is being loaded", **seconds, "progress": progress}
+
+
+async def _answer(probe: Any, request: Request) -> Response:
+    state = probe(request.query_params.get("model"))
+    body = {"ok": state.ok, **({"reason": state.reason} if state.reason else {}), "models": state.models}
+    return Response(msgspec.json.encode(body), 200 if state.ok else 503, media_type="application/json",
+                    headers={"cache-control": "no-store"})
