@@ -168,7 +168,7 @@ async def _chunks(feed: Feed, ask: ChatRequest, model: LanguageModel, style: Sty
             if piece.output is not None:
                 usage = usage_of([piece.output])
     if counted:
-        yield event(ChatChunk(**about | {"usage": usage}, choices=[]))
+        yield event(ChatChunk(**{**about, "usage": usage}, choices=[]))
     yield DONE
 
 

@@ -84,7 +84,7 @@ async def _chunks(feed: Feed, ask: CompletionRequest, model: LanguageModel, abou
             if piece.output is not None:
                 outputs.append(piece.output)
     if counted:
-        yield event(Completion(**about | {"usage": usage_of(outputs)}, choices=[]))
+        yield event(Completion(**{**about, "usage": usage_of(outputs)}, choices=[]))
     yield DONE
 
 

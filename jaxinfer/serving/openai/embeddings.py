@@ -30,10 +30,11 @@ class Embedder:
             tokens = await to_thread.run_sync(lambda: [model.tokens_of(text) for text in texts])
             vectors = await handle.aembed(tokens, timeout=self.site.settings.request_timeout)
         elif isinstance(model, TextEncoder):
-            if not all(isinstance(text, str) for text in texts):
+            words = [text for text in texts if isinstance(text, str)]
+            if len(words) < len(texts):
                 raise InvalidRequest(f"input has token ids; {ask.model} takes texts")
-            tokens = await to_thread.run_sync(lambda: [model.tokens_of(text) for text in texts])
-            vectors = await self._encode(handle, texts)
+            tokens = await to_thread.run_sync(lambda: [model.tokens_of(text) for text in words])
+            vectors = await self._encode(handle, words)
         else:
             raise Problem(400, f"{ask.model} embeds no texts", "wrong_model", "model")
         if ask.dimensions not in (None, vectors.shape[1]):

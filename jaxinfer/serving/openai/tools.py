@@ -81,7 +81,8 @@ class Call:
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
 
-class Change(NamedTuple):
+@dataclass(frozen=True)
+class Change:
     """Text; or the beginning of a call, or more of its arguments."""
 
     text: str = ""
