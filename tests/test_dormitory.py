@@ -263,6 +263,7 @@ def test_a_queue_is_bounded_and_deadlines_and_cancelling_hold_while_a_model_slee
                 late.result(30)
             with pytest.raises(Expired, match="its prompt had not begun to be read"):
                 later.result(30)
+            assert eventually(lambda: registry["a"].stats.waiting == 0)
             waiting = [registry["a"].submit(PROMPT, **HOW) for _ in range(3)]
             with pytest.raises(Rejected, match="the queue is full: 3 requests"):
                 registry["a"].submit(PROMPT, **HOW)

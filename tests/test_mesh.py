@@ -102,6 +102,8 @@ def test_a_mesh_takes_devices_by_their_kind(tiny_path):
 @pytest.mark.parametrize("form", ["as it was", *FORMATS])
 def test_every_device_s_piece_is_read_alone_and_the_weights_are_those_of_one_device(
         tmp_path, monkeypatch, form, config, quantize):
+    if form == "huggingface" and quantize is not None:
+        pytest.skip("it holds floats")
     source = tiny.write(tmp_path / "model", config)
     if form != "as it was":
         source = convert(source, tmp_path / form, to=form, quantize=quantize)

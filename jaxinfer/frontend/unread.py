@@ -49,7 +49,7 @@ class Unread:
         rows, deeper, flat = numbers[0], cuts[1:], out
         if len(self.shape) == 3 and len(self.tensors[0].shape) == 2:  # of matrices: in the file these axes are one
             rows, deeper = (rows[:, None] * self.shape[1] + numbers[1]).ravel(), cuts[2:]
-            flat = out.reshape(-1, out.shape[2])
+            flat = out.reshape(len(rows), out.shape[2])
         asked = [cut for cut in deeper[:1] if isinstance(cut, slice)]
         left = ALL, *(ALL for _ in asked), *deeper[len(asked):]
         for start, piece in self.pieces(rows, *asked):

@@ -28,7 +28,7 @@ class Gate:
         self.used = time.monotonic()
         self._is_shut, self._many = False, MANY
         self._before: list[Any] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # whoever enters may close the model
 
     def come(self, request: Any) -> None:
         closed = None
