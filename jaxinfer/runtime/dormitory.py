@@ -179,11 +179,13 @@ class Dormitory:
             claim = Resident(f"{one.name} with other weights", beside * _alike(model), devices=one.devices, fixed=True,
                              beside=one, tier="disk")
             with self._claiming, self._pinned(one), self._claimed(claim):
-                yield
-                with self._change:  # what lies on the host and the disk is of the old ones
-                    if bed := self._beds.get(one):
-                        bed.stash.forget()
-                        one.copied, one.stored, one.stage = False, False, bed.stash.stage
+                try:
+                    yield
+                finally:
+                    with self._change:  # what lies on the host and the disk may be of the old ones
+                        if bed := self._beds.get(one):
+                            bed.stash.forget()
+                            one.copied, one.stored, one.stage = False, False, bed.stash.stage
 
     @contextmanager
     def _pinned(self, one: Resident) -> Iterator[None]:

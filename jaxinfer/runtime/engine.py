@@ -170,6 +170,8 @@ class Engine:
             if not engine.scheduler.sequences:
                 with suppress(Exception):  # a step for somebody who has left may be flying: it reads them
                     jax.block_until_ready(engine.state)
+                if engine._abandoned:  # meanwhile another has taken over, and has them
+                    return
                 engine.weights, engine.state, engine.last_S, engine.history_SL = {}, None, None, None
                 engine.scheduler.rewind()
                 if engine.mover:
@@ -261,7 +263,7 @@ class Engine:
             self._tell_failed(sequence, failure, self.died)
         self.state = self.history_SL = None  # the old pool goes before the new one comes
         if self.mover:
-            self.mover.forget()
+            self.mover.abandon()
         try:
             heir = Engine(self.executables, scheduler, self.weights, self.tell, self.failed, self.queue, self.spill)
         except Exception as error:
@@ -270,8 +272,8 @@ class Engine:
             raise
         heir.supervised, heir.model = True, self.model
         with self._wake:
-            for action in self._inbox:
-                heir._post(action)
+            while self._inbox:
+                heir._post(self._inbox.popleft())
             self._heir, closing = heir, self._closing
             self.weights = {}
         if closing:

@@ -141,12 +141,26 @@ class Living:
 def call_on(thread: threading.Thread, post: Callable[[Callable[[], Any]], object], action: Callable[[], object]
             ) -> None:
     """Have `thread` run what is posted to it, and wait until it has; at once if it is this one. Raises Closed if it
-    ends before."""
+    ends before; then it is not done by another either."""
     if threading.current_thread() is thread:
         action()
         return
-    done = threading.Event()
-    post(lambda: (action(), done.set()))
+    done, lock, runs = threading.Event(), threading.Lock(), list[threading.Thread]()
+
+    def act() -> None:
+        with lock:
+            if runs:  # it was given up, or runs already: what a thread had in its inbox when it died, its successor has
+                return
+            runs.append(threading.current_thread())
+        action()
+        done.set()
+
+    post(act)
     while not done.wait(0.1):
-        if not thread.is_alive():
+        with lock:
+            if (runs[0] if runs else thread).is_alive():
+                continue
+            runs.append(thread)  # nobody has begun it: now nobody will
+        if not done.is_set():
             raise Closed()
+        return

@@ -131,6 +131,7 @@ class PageMover:
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-pages") if spill else None
         self._leaving: deque[tuple[str, int]] = deque()
         self._times = self._lives = 0
+        self._abandoned = False
         pinned = executables.place.device.platform != "cpu"  # which has but one memory
         kind = lambda x: x.sharding.with_memory_kind("pinned_host") if pinned else x.sharding
         self._there = {g.name: jax.tree.map(lambda x: x.sharding, executables.page(g.name)) for g in scheduler.groups}
@@ -169,6 +170,13 @@ class PageMover:
         self.host.clear()
         self._leaving.clear()
         self._lives += 1
+
+    def abandon(self) -> None:
+        """Another goes on with the books and the file: what is being written ends, and nothing else is."""
+        self.forget()
+        self._abandoned = True
+        if self._disk is not None:
+            self._disk.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         if self._disk is not None:
@@ -268,7 +276,7 @@ class PageMover:
             self._give_up("disk", failure)
 
     def _give_up(self, tier: str, error: Exception) -> None:
-        if self.lower.sizes[tier]:
+        if self.lower.sizes[tier] and not self._abandoned:
             self.lower.close(tier)
             events.emit(events.TierClosed(tier, str(error)))
 
