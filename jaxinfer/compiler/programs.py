@@ -26,7 +26,8 @@ from jaxinfer.kernels.op import Tracing
 class Programs:
     """The compiled programs of one model on one device, or as it is placed on several. `lower(key)` says what a key's
     program is; `str(key)` is its name. `forced` names implementations that ops take wherever they can. Two are compiled
-    at a time; one where there are two cores, whose second one XLA uses itself.
+    at a time; one where there are two cores, whose second one XLA uses itself. What is waited for is the next, then
+    what was asked for first.
 
     A program that was compiled once, here or in another process, is taken from the disk instead (`stored`): nothing is
     traced for it.
@@ -46,6 +47,7 @@ class Programs:
         self.waited = 0.0  # and the seconds that it has waited
         self._ready: dict[Any, Callable] = {}
         self._pending: dict[Any, Future] = {}
+        self._turns: dict[Any, Future] = {}  # what of it no thread has begun
         self._lock = threading.RLock()
         threads = min(2, max(1, (os.cpu_count() or 1) // 2))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="jaxinfer-compile")
@@ -156,10 +158,22 @@ class Programs:
             for key in keys:
                 if key not in self._pending or _failed(self._pending[key]):
                     try:
-                        self._pending[key] = self._pool.submit(self._make, key)
+                        self._pool.submit(self._take_turn)
                     except RuntimeError as error:
                         raise Closed() from error
+                    self._pending[key] = self._turns.setdefault(key, Future())
             return [self._pending[key] for key in keys]
+
+    def _take_turn(self) -> None:
+        with self._lock:
+            key = self.awaited if self.awaited in self._turns else next(iter(self._turns), None)
+            future = self._turns.pop(key, None)
+        if future is None or not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(self._make(key))
+        except BaseException as error:
+            future.set_exception(error)
 
     def fetch(self, *keys: Any) -> Future:
         """Start to take in the background what is on the disk; what is not waits until it is needed."""
@@ -225,7 +239,11 @@ class Programs:
                 self.ledger.entries.pop(str(key), None)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            while self._turns:
+                self._turns.popitem()[1].cancel()
+        self._pool.shutdown()
         self._writer.shutdown(wait=True)
         self._ready.clear()
         self._pending.clear()

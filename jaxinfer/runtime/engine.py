@@ -111,13 +111,11 @@ class Engine:
         self.pulse: Pulse | None = None  # None while there is nothing to do
         self.died: BaseException | None = None
         self._abandoned, self._heir = False, None
-        self._unread: list[tuple[int, Key, float]] = []  # dispatched steps of which nothing has been waited for yet
+        self._unread: list[tuple[Plan, Key, float]] = []  # steps whose end nobody has waited for, and when they began
         self._read_at = 0.0  # when the last one was waited for
         self.packer = Packer(scheduler.max_rows, executables.table_width, executables.graph.vocab)
         self._step_seconds = 1.0  # of a decode step, on average
         self._committed = 0.0  # when the last step was; 0 after a pause
-        self._drew = 0.0  # when the last draw was there
-        self._unseen: list[tuple[float, Plan]] = []  # steps whose end nobody has waited for, and when they began
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -374,7 +372,7 @@ class Engine:
                 ahead = self._dispatch(plan) if plan else None
                 last, flying = flying, ahead
                 if last is None:  # a pause
-                    self._committed, self._unseen = 0.0, []
+                    self._committed, self._unread = 0.0, self._unread[-1:] if ahead else []
                 else:
                     plan = last.plan
                     self._commit(last)
@@ -449,7 +447,7 @@ class Engine:
         flight = Flight(plan, rows, remember_R, (), self.scheduler.fancy > 0, key, planned, began - packing, began)
         self._launch(flight, run, then)
         flight.left, flight.began = time.perf_counter(), began + find.waited - waited
-        self._unread.append((plan.number, key, flight.began))
+        self._unread.append((plan, key, flight.began))
         return flight
 
     def _launch(self, flight: Flight, run: Run, then: tuple[Key, ...]) -> None:
@@ -599,13 +597,11 @@ class Engine:
         logprobs = jax.tree.map(np.asarray, flight.logprobs)
         read = jax.tree.map(np.asarray, flight.read)
         if waits:
-            self._took(plan.number)
+            self._took(plan)
         now = self._beat()
         if self._committed and plan.singles == len(plan.ids):
             self._step_seconds += 0.3 * ((now - self._committed) / plan.steps - self._step_seconds)
         self._committed = now
-        if self.mover:
-            self._time_reading(flight, now)
         told = None
         if logprobs is not None:
             told = {id: (logprobs, row) for id, row in zip(plan.ids, flight.rows.tolist(), strict=True)}
@@ -628,28 +624,19 @@ class Engine:
             events.emit(events.Stepped(self.model, len(plan.ids), len(plan.tokens) * plan.steps,
                                        sum(plan.draws) * plan.steps, stages))
 
-    def _took(self, number: int) -> None:
-        """The steps up to this one are done: since the last that was waited for they took so long, by their tokens."""
-        now, done = time.perf_counter(), [step for step in self._unread if step[0] <= number]
-        self._unread = [step for step in self._unread if step[0] > number]
+    def _took(self, last: Plan) -> None:
+        """The steps up to this one are done: since one was waited for they took so long together, each its part by its
+        tokens. Nobody waits for a chunk of a prompt after which nothing is drawn."""
+        now, done = time.perf_counter(), [step for step in self._unread if step[0].number <= last.number]
+        self._unread = [step for step in self._unread if step[0].number > last.number]
         seconds, self._read_at = now - max(done[0][2], self._read_at), now
-        tokens = [key.shape.tokens for _, key, _ in done]  # type: ignore[union-attr]
-        for (_, key, _), count in zip(done, tokens, strict=True):
-            self.executables.took(key, seconds * count / sum(tokens))
-
-    def _time_reading(self, flight: Flight, now: float) -> None:
-        """Measure what a token of a prompt takes. Nobody waits for a chunk after which nothing is drawn: it is timed
-        together with those that follow it."""
-        assert self.mover is not None
-        self._unseen.append((flight.began, flight.plan))
-        if not any(flight.plan.draws):
-            return
-        steps, self._unseen = self._unseen, []
-        start, self._drew = max(self._drew, steps[0][0]), now
-        tokens = sum(len(plan.tokens) for _, plan in steps)
-        reading = all(plan.singles < len(plan.ids) and plan.task == "draw" for _, plan in steps)
-        if reading and tokens >= self.scheduler.tree.page_size:
-            self.mover.costs.note("token", (now - start) / tokens)
+        padded = [key.shape.tokens for _, key, _ in done]  # type: ignore[union-attr]
+        for (_, key, _), count in zip(done, padded, strict=True):
+            self.executables.took(key, seconds * count / sum(padded))
+        tokens = sum(len(plan.tokens) for plan, _, _ in done)
+        reading = all(plan.singles < len(plan.ids) and plan.task == "draw" for plan, _, _ in done)
+        if self.mover and reading and tokens >= self.scheduler.tree.page_size:
+            self.mover.costs.note("token", seconds / tokens)
 
     def _forget_weights(self) -> None:
         used = self.scheduler.keep_versions()
