@@ -249,8 +249,8 @@ def compile_ahead(
 ) -> None:
     """Compile all programs of MODEL, and store them: loading it with the same options then compiles nothing.
 
-    For a TPU that is not here its runtime must be the libtpu that is installed here, with the same Python and JAX. For
-    a GPU, XLA's CUDA plugin must be installed here.
+    For a TPU that is not here its runtime must be the libtpu that is installed here, with the same Python 3.x and JAX.
+    For a GPU, XLA's CUDA plugin must be installed here.
     """
     from jaxinfer.runtime.ahead import compile_ahead
 

@@ -71,7 +71,7 @@ SURROUNDINGS = {
     "jax": lambda patch: patch.setattr(jax, "__version__", "0"),
     "jaxlib": lambda patch: patch.setattr(jaxlib.version, "__version__", "0"),
     "numpy": lambda patch: patch.setattr(np, "__version__", "0"),
-    "Python": lambda patch: patch.setattr(sys, "version", "2.7"),
+    "Python": lambda patch: patch.setattr(sys.implementation, "cache_tag", "cpython-27"),
     "the driver": lambda patch: patch.setattr(stored, "_driver", lambda: "580.1"),
     "the libraries": lambda patch: patch.setattr(stored, "_libraries", lambda: ("nvidia-cudnn-cu13 9",)),
     "a kernel of the user's": lambda patch: patch.setitem(kernels.attend.fast, "mine", (("gpu",), elsewhere)),

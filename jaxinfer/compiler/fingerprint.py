@@ -286,7 +286,9 @@ def digest_of(*folders: Path) -> str:
 
 
 def environment() -> tuple[Any, ...]:
-    """What changes any program, whatever it is of: our code, versions, and options of JAX and XLA."""
+    """What changes any program, whatever it is of: our code, versions, and options of JAX and XLA. Of Python its minor
+    version: the same patch release is rarely where a program is compiled ahead and where it runs."""
     options = {name: repr(value) for name, value in jax.config.values.items() if not name.startswith(QUIET)}
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    return package_source(), sys.version, jax.__version__, jaxlib.version.__version__, np.__version__, options, flags
+    python = sys.implementation.cache_tag
+    return package_source(), python, jax.__version__, jaxlib.version.__version__, np.__version__, options, flags

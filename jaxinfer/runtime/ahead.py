@@ -31,7 +31,7 @@ def compile_ahead(source: str, topology: str | None = None, machine: str | os.Pa
     user's function.
 
     `topology`: a TPU by its name, such as "v5e:1x1", for whose first chip a language model is compiled from its config
-    alone. Where it will run, the versions of Python, JAX and libtpu must be those of this machine.
+    alone. Where it will run, Python's minor version, JAX and libtpu must be those of this machine.
     `machine`: a file in which `jaxinfer cache machine` has described a machine with a GPU, for which XLA's CUDA plugin
     compiles here. A GPU that is there tries several ways of each matmul; without it, XLA takes the one that it expects
     to be fast.
