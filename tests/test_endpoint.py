@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 import jaxinfer as ji
 from jaxinfer import events
+from jaxinfer.alignment import aligned
 from jaxinfer.compiler.functions import FunctionKey
 from jaxinfer.errors import Closed, Expired, InvalidOption, InvalidRequest, Rejected, RequestFailed, StepFailed
 from jaxinfer.runtime import padded
-from jaxinfer.runtime.buffers import aligned
 from tests.running import endings, eventually, retries, seen_events
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # One room a line: its floor, and the modules or folders of `jaxinfer` that are in it.
 ROOMS = [
-    (0, {"errors", "events", "home", "request"}),
+    (0, {"alignment", "errors", "events", "home", "request"}),
     (1, {"graph"}),
     (2, {"kernels", "taps"}),
     (3, {"graphs"}),

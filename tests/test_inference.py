@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import jaxinfer as ji
 from jaxinfer import events
+from jaxinfer.alignment import is_aligned
 from jaxinfer.errors import InvalidOption, InvalidRequest, ModelNotFound
-from jaxinfer.runtime.buffers import is_aligned
 from tests.running import eventually, seen_events
 from tests.test_endpoint import Held
 from tests.test_text_encoder import path as bert  # noqa: F401  # a fixture

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
+from jaxinfer.alignment import aligned
 from jaxinfer.errors import CheckpointMismatch, CorruptFile
 from jaxinfer.events import observe
 from jaxinfer.frontend.files import File, Mapped
 from jaxinfer.frontend.safetensors import open_safetensors
-from jaxinfer.frontend.unread import aligned, cast_into
+from jaxinfer.frontend.unread import cast_into
 from jaxinfer.frontend.weights import READERS, load_params
 from jaxinfer.graph import Graph, Leaf
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfer.alignment import ALIGNMENT
 from jaxinfer.errors import CorruptFile
 from jaxinfer.events import Progress, emit
 from jaxinfer.frontend.files import Tensor, parse_json
@@ -25,7 +26,6 @@ from jaxinfer.frontend.safetensors import DTYPES
 from jaxinfer.frontend.saved import KEY, Saved, read_told
 from jaxinfer.frontend.unread import Unread
 
-ALIGNMENT = 64
 PADDING = "padding of jaxinfer "
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 1 << 24  # bytes written at a time

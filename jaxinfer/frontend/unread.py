@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxinfer.alignment import aligned
 from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.frontend.files import ALL, Mapped, Tensor
 from jaxinfer.kernels.quantised import Format, Quantised, blank, fill, finite, rows_at_once
@@ -165,14 +166,6 @@ def _together(tensor: Tensor) -> int:
     (`together`; None: all)."""
     rows = getattr(tensor, "together", 1)
     return max(1, tensor.shape[0] if rows is None else rows, CHUNK // max(1, math.prod(tensor.shape[1:])))
-
-
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array whose address is a multiple of 64."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 63, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def cast_into(out: np.ndarray, array: np.ndarray) -> None:

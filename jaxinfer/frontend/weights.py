@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.alignment import aligned
 from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import Progress, emit
 from jaxinfer.frontend.files import Tensor, as_matrix
 from jaxinfer.frontend.saved import Saved, path_name
-from jaxinfer.frontend.unread import Rounded, Unread, aligned
+from jaxinfer.frontend.unread import Rounded, Unread
 from jaxinfer.graph import Encoder, Graph, Leaf, Params
 from jaxinfer.kernels.quantised import blank, format_of
 

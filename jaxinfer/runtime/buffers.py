@@ -9,24 +9,7 @@ from typing import Any
 
 import numpy as np
 
-ALIGNMENT = 64  # bytes: from such an address the CPU backend reads a buffer where it lies, without a copy
-
-
-def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An uninitialised array at a 64-byte boundary.
-
-    >>> aligned((3, 5), "float32").ctypes.data % 64
-    0
-    """
-    dtype = np.dtype(dtype)
-    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(count + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start: start + count].view(dtype).reshape(shape)
-
-
-def is_aligned(array: np.ndarray) -> bool:
-    return array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous
+from jaxinfer.alignment import aligned
 
 
 class Buffers:

@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxinfer.alignment import is_aligned
 from jaxinfer.compiler.functions import FunctionKey, Functions
 from jaxinfer.errors import RequestFailed
-from jaxinfer.runtime.buffers import Buffers, is_aligned
+from jaxinfer.runtime.buffers import Buffers
 from jaxinfer.runtime.replies import Result
 from jaxinfer.runtime.runner import Flight
 from jaxinfer.runtime.served import VersionedWork

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from jaxinfer import events
+from jaxinfer.alignment import aligned
 from jaxinfer.compiler import Executables, Key
 from jaxinfer.compiler.placement import held
 from jaxinfer.errors import Closed, InvalidOption
-from jaxinfer.runtime.buffers import aligned
 from jaxinfer.runtime.memory import mib
 from jaxinfer.runtime.record import Record, Spill
 from jaxinfer.scheduler import PageGroup, Scheduler
@@ -197,6 +197,7 @@ class PageMover:
             if len(self._leaving) == MOVING:
                 jax.block_until_ready(self.host.get(self._leaving.popleft()))
         except Exception as error:  # no memory on the host, say
+            jax.block_until_ready(state)  # raises where it was a step that failed: the tiers are sound
             self._give_up("host", error)
             return
         self.host[group, slot] = there

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxinfer.alignment import ALIGNMENT
 from jaxinfer.errors import CorruptFile, OutOfMemory
 from jaxinfer.home import cache_dir
-from jaxinfer.runtime.buffers import ALIGNMENT
 
 BLOCK = 4096  # bytes: records begin at multiples of it in the file, as the disk's own blocks do
 CHUNK = 2**23  # bytes of one read

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jaxinfer.alignment import aligned
 from jaxinfer.errors import Closed, UnsupportedModel
 from jaxinfer.graph import Graph, Leaf
-from jaxinfer.runtime.buffers import aligned
 from jaxinfer.runtime.record import Spill
 from jaxinfer.runtime.tiers import AHEAD, Tiers
 from jaxinfer.runtime.timeline import Timeline

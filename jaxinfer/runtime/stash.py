@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfer.alignment import aligned
 from jaxinfer.frontend.weights import READERS
-from jaxinfer.runtime.buffers import aligned
 from jaxinfer.runtime.record import Record, Spill
 
 

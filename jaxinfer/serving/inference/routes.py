@@ -13,8 +13,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from jaxinfer.alignment import ALIGNMENT, aligned
 from jaxinfer.errors import InvalidRequest, JaxinferError
-from jaxinfer.runtime.buffers import ALIGNMENT, aligned
 from jaxinfer.serving.inference.about import is_model_ready, is_ready, model_metadata, repository, server_metadata, told
 from jaxinfer.serving.inference.datatypes import short
 from jaxinfer.serving.inference.question import answer, aside
