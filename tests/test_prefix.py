@@ -118,7 +118,23 @@ TIERS = st.sampled_from((None, None, (2, 0), (5, 0), (20, 0), (1, 3), (4, 4), (3
 SECONDS = st.sampled_from((None, 0.0, 0.5, 2.0, 9.0, 100.0))
 
 
-class AnyUse(RuleBasedStateMachine):
+class Tiered(RuleBasedStateMachine):
+    """What may happen to the tiers `lower` of a `tree`, whoever uses it."""
+
+    @precondition(lambda self: self.lower)
+    @rule(what=st.sampled_from(("token", "back", "read")), seconds=SECONDS)
+    def measure(self, what, seconds):
+        setattr(self.lower.costs, what, seconds)
+
+    @precondition(lambda self: self.lower)
+    @rule(tier=st.sampled_from(("host", "disk")), really=st.integers(0, 9))
+    def close_tier(self, tier, really):
+        if not really:
+            self.lower.close(tier)
+            assert not any(kept == tier for _, _, path in nodes(self.tree) for kept, _ in path[-1].kept)
+
+
+class AnyUse(Tiered):
     """Sequences come, read, leave tails, fork, end, and find less than they hoped for, in any order. Every slot of
     every page remembers the whole beginning that was read into it, as a KV cache does."""
 
@@ -232,18 +248,6 @@ class AnyUse(RuleBasedStateMachine):
     def work(self, count):
         for _ in range(min(count, len(self.shelves.asked))):
             self.shelves.work(self.lower, self.lower.arrived)
-
-    @precondition(lambda self: self.lower)
-    @rule(what=st.sampled_from(("token", "back", "read")), seconds=SECONDS)
-    def measure(self, what, seconds):
-        setattr(self.lower.costs, what, seconds)
-
-    @precondition(lambda self: self.lower)
-    @rule(tier=st.sampled_from(("host", "disk")), really=st.integers(0, 9))
-    def close_tier(self, tier, really):
-        if not really:
-            self.lower.close(tier)
-            assert not any(kept == tier for _, _, path in nodes(self.tree) for kept, _ in path[-1].kept)
 
     # How.
 

@@ -13,12 +13,12 @@ from operator import itemgetter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from jaxinfer.request import Sampling, Sequence
 from jaxinfer.scheduler import AGEING, Began, PageGroup, Plan, Scheduler
 from jaxinfer.scheduler.fit import fit
-from tests.test_prefix import SECONDS, TIERS, Shelves, nodes
+from tests.test_prefix import TIERS, Shelves, Tiered, nodes
 
 VOCAB = 5  # so few that sequences often agree for a while
 JUNK = 999
@@ -164,7 +164,7 @@ def houses(draw) -> House:
                  draw(TIERS, label="tiers"))
 
 
-class AnyHistory(RuleBasedStateMachine):
+class AnyHistory(Tiered):
     """Requests come, are cancelled and lose their device, in any order, on an engine that dispatches up to `ahead`
     steps before it reads back the first of them."""
 
@@ -184,7 +184,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.before: dict[int, set[int]] = {}  # versions that may still go before each one that waits for its turn
         self.dispatched = True
         self.now = 0.0
-        self.lower = self.scheduler.tree.lower
+        self.tree, self.lower = self.scheduler.tree, self.scheduler.tree.lower
 
     # What happens.
 
@@ -222,17 +222,6 @@ class AnyHistory(RuleBasedStateMachine):
     def work(self, count):
         for _ in range(min(count, len(self.device.shelves.asked))):
             self._work()
-
-    @precondition(lambda self: self.lower)
-    @rule(what=st.sampled_from(("token", "back", "read")), seconds=SECONDS)
-    def measure(self, what, seconds):
-        setattr(self.lower.costs, what, seconds)
-
-    @precondition(lambda self: self.lower)
-    @rule(tier=st.sampled_from(("host", "disk")), really=st.integers(0, 9))
-    def close_tier(self, tier, really):
-        if not really:
-            self.lower.close(tier)
 
     @rule(forget=st.booleans())
     def swap(self, forget=False):
