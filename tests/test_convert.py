@@ -28,6 +28,8 @@ from tests.gguf_files import write_gguf
 from tests.test_checkpoint import LLAMA
 from tests.test_cli import jaxinfer
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 SCHEMES = [None, "int8", "int4", "fp8"]
 HOW = dict(max_context=128, max_rows=1, batch_invariant=True)  # one bucket: little to compile
 PROMPT = "The sky is blue because"

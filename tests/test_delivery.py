@@ -13,6 +13,8 @@ from jaxinfer.request import Sampling, Sequence
 from jaxinfer.runtime.delivery import Sample
 from tests.running import all_free, eventually, hooked
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 EOS = 1
 
 

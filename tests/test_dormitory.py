@@ -23,6 +23,8 @@ from tests import tiny
 from tests.running import blocked, eventually, seen_events
 from tests.test_text_encoder import path as bert  # noqa: F401  # a fixture
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 LONE = dict(max_context=128, max_rows=2, batch_invariant=True)  # one bucket: little to compile
 HOW = dict(max_tokens=8, ignore_eos=True)
 PROMPT = "The sky is blue"

@@ -35,6 +35,9 @@ from jaxinfer.serving.inference.regions import HOME, Regions  # noqa: E402
 from jaxinfer.serving.inference.schema import CLASSES, SERVICE  # noqa: E402
 from jaxinfer.serving.settings import Settings  # noqa: E402
 from jaxinfer.serving.site import Loading, Site  # noqa: E402
+from tests.test_serving_traces import PARENT, SPAN_ID, TRACE_ID, attributes, collector, spans  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("in_haste")
 
 JSON_HEADER = "Inference-Header-Content-Length"
 X = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -432,6 +435,27 @@ def test_many_clients_share_batches():
         assert [one.result(20).json()["outputs"][0]["data"] for one in (first, *others)] == [[i, i] for i in range(9)]
     registry.close()
     assert sorted(held.sizes) == [1, 8]
+
+
+def test_a_call_over_grpc_belongs_to_its_callers_trace(registry):
+    request = grpc_request("double", {"0": np.zeros((1, 2), np.float32)})
+    wrong = grpc_request("double", {"none": np.zeros((1, 2), np.float32)})
+    with collector() as (address, received):
+        with client(registry, grpc_port=0, otlp=address) as web, \
+                grpc.insecure_channel(f"127.0.0.1:{web.site.grpc_port}") as channel:
+            ask = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            ask(request.SerializeToString(), timeout=20, metadata=tuple(PARENT.items()))
+            with pytest.raises(grpc.RpcError):
+                ask(wrong.SerializeToString(), timeout=20)
+            one = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")
+            assert len(list(one(iter([request.SerializeToString()] * 2), timeout=20))) == 2
+            channel.unary_unary(f"/{SERVICE}/ServerLive")(b"", timeout=20)
+        found = spans(received)
+    calls = [span for span in found if span.kind == span.SPAN_KIND_SERVER]
+    assert [(span.name.rpartition("/")[2], attributes(span)["http.response.status_code"]) for span in calls] == [
+        ("ModelInfer", 200), ("ModelInfer", 400), ("ModelStreamInfer", 200), *[("ModelStreamInfer", 200)] * 2]
+    assert (calls[0].trace_id.hex(), calls[0].parent_span_id.hex()) == (TRACE_ID, SPAN_ID)
+    assert [span for span in found if span.parent_span_id == calls[0].span_id], "what it asked of the model is below it"
 
 
 def test_a_full_queue_says_when_to_come_again():

@@ -16,6 +16,8 @@ from jaxinfer.frontend.saved import Saved
 from jaxinfer.frontend.weights import load_params
 from jaxinfer.graph import Graph, Leaf
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 TREE = {"params": {"dense": {"kernel": np.arange(256 * 8, dtype=np.float32).reshape(256, 8), "bias": np.zeros(8)},
                    "layers": [{"w": np.full((4, 6), i, np.int8)} for i in range(2)]},
         "half": np.arange(6, dtype=np.float32).astype(ml_dtypes.bfloat16), "step": 7, "note": "of a training run"}

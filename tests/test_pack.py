@@ -19,6 +19,8 @@ from jaxinfer.runtime.pack import Packer
 from jaxinfer.scheduler import Began, Plan
 from tests.running import all_free, eventually
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 VOCAB = 320
 
 

@@ -18,6 +18,8 @@ from jaxinfer.errors import InvalidOption, OutOfMemory
 from tests.running import all_free, eventually, hooked, seen_events
 from tests.test_prefix import nodes
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 PAGE = 2 * 2 * 64 * 2 * 16 * 4  # bytes of 64 tokens of the tiny model, in float32
 ROOM = 9  # pages on the device: one context of 512 tokens, and one
 PROMPTS = [np.random.default_rng(i).integers(4, 320, 400).tolist() for i in range(4)]  # six full pages each

@@ -16,6 +16,8 @@ from jaxinfer.runtime import supervisor
 from jaxinfer.runtime.supervisor import DEAD, MOST, Supervisor
 from tests.running import all_free, blocked, eventually, hooked, seen_events
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 
 @pytest.fixture(scope="module")
 def lm(tiny_path):

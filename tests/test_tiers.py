@@ -33,6 +33,8 @@ from tests import tiny
 from tests.likely import PROMPTS
 from tests.running import all_free, eventually
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 DEEP = {**tiny.PLAIN, "hidden_size": 256, "intermediate_size": 1024, "num_key_value_heads": 1,
         "num_hidden_layers": 12}  # of few pages
 LONE = dict(max_context=64, max_rows=1, batch_invariant=True)

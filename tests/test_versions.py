@@ -12,6 +12,8 @@ from jaxinfer import events
 from jaxinfer.errors import Closed, InvalidOption
 from tests.running import all_free, blocked, eventually
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 PROMPTS = ["The sky is blue because", "Once upon a time", "x", [(3 + 7 * i) % 320 for i in range(150)]]
 HOW = dict(max_tokens=40, ignore_eos=True, logprobs=1)
 

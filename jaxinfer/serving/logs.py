@@ -12,16 +12,16 @@ import anyio
 
 from jaxinfer import events
 from jaxinfer.serving.site import Part, Site
-from jaxinfer.serving.trace import Trace, Tracing
+from jaxinfer.serving.trace import Trace
 
 ROOT = logging.getLogger("jaxinfer")
 REQUESTS, INCIDENTS = logging.getLogger("jaxinfer.requests"), logging.getLogger("jaxinfer.incidents")
 
 
 def part(site: Site) -> Part:
-    """Every request over HTTP belongs to a trace (W3C Trace Context); JSON lines and an OpenTelemetry collector get to
+    """Every request belongs to a trace (W3C Trace Context); JSON lines and an OpenTelemetry collector get to
     know of them as the settings say."""
-    tracing, settings = Tracing(), site.settings
+    tracing, settings = site.tracing, site.settings
 
     @asynccontextmanager
     async def living() -> AsyncIterator[None]:

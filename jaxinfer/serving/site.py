@@ -17,6 +17,7 @@ from jaxinfer.runtime.registry import Registry
 from jaxinfer.serving.operations import Operation
 from jaxinfer.serving.record import Record
 from jaxinfer.serving.settings import Settings
+from jaxinfer.serving.trace import Tracing
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Site:
     failure: BaseException | None = None  # why the server could not start
     loaded: set[str] = field(default_factory=set)  # names whose models are the server's own, to be closed with it
     record: Record = field(default_factory=Record)  # of what it has seen
+    tracing: Tracing = field(default_factory=Tracing)
 
     def load(self, name: str, make: Callable[[], Any], **options: Any) -> int:
         """`Registry.load`, which `loading` tells of meanwhile, and afterwards if it failed and there is no other

@@ -6,7 +6,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +51,8 @@ def parse(traceparent: str | None) -> Parent | None:
 
 @dataclass
 class Trace:
-    """One request over HTTP: the tag of what it asks of models. `span` is what an exporter made of it, if there is
-    one."""
+    """One request over HTTP, on which gRPC lies too: the tag of what it asks of models. `span` is what an exporter made
+    of it, if there is one."""
 
     method: str
     path: str
@@ -65,8 +66,8 @@ class Trace:
 
 
 class Tracing:
-    """Middleware around the public application. `begin` and `end`, if they are set, are an exporter's: they may give a
-    trace a span, and ids with it."""
+    """The traces of one server, and the middleware that finds them. `begin` and `end`, if they are set, are an
+    exporter's: they may give a trace a span, and ids with it."""
 
     begin: Callable[[Trace], None] | None = None
     end: Callable[[Trace], None] | None = None
@@ -76,33 +77,33 @@ class Tracing:
             if scope["type"] != "http" or scope["path"] in QUIET:
                 await app(scope, receive, send)
                 return
-            trace = self._begun(scope)
+            with self.over(scope["method"], scope["path"], Headers(scope=scope)) as trace:
+                async def watched(message: Message) -> None:
+                    if message["type"] == "http.response.start":
+                        trace.status = message["status"]
+                    await send(message)
 
-            async def watched(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    trace.status = message["status"]
-                await send(message)
-
-            try:
-                with events.tagged(trace):
-                    await app(scope, receive, watched)
-            except BaseException as error:
-                trace.status = trace.status or (500 if isinstance(error, Exception) else GONE)
-                raise
-            finally:
-                self._ended(trace)
+                await app(scope, receive, watched)
 
         return traced
 
-    def _begun(self, scope: Scope) -> Trace:
-        headers = Headers(scope=scope)
+    @contextmanager
+    def over(self, method: str, path: str, headers: Mapping[str, str]) -> Iterator[Trace]:
+        """What is asked for in the `with` block belongs to this request, whose `status` is set there."""
         parent = parse(headers.get("traceparent"))
         trace_id = parent.trace_id if parent else secrets.token_hex(16)
-        trace = Trace(scope["method"], scope["path"], trace_id, secrets.token_hex(8), parent,
+        trace = Trace(method, path, trace_id, secrets.token_hex(8), parent,
                       headers.get("tracestate") if parent else None)
         if self.begin is not None:
             self.begin(trace)
-        return trace
+        try:
+            with events.tagged(trace):
+                yield trace
+        except BaseException as error:
+            trace.status = trace.status or (500 if isinstance(error, Exception) else GONE)
+            raise
+        finally:
+            self._ended(trace)
 
     def _ended(self, trace: Trace) -> None:
         seconds = time.perf_counter() - trace.began

@@ -104,7 +104,7 @@ class Service:
         await self._guarded("ModelStreamInfer", self._enter)(None, context)
         async for request in requests:
             try:
-                with self._counted():
+                with self._counted(), self._traced("ModelStreamInfer", context):
                     answered = await self.infer(request, context)
                 yield write_streamed(answered)
             except Exception as error:
@@ -117,10 +117,12 @@ class Service:
         """What the guard does for HTTP: keys, the end of the server, and a status for every failure."""
         async def handler(request: Any, context: Any) -> Any:
             try:
-                if name not in OPEN:
-                    self._check(dict(context.invocation_metadata() or ()))
-                with self._counted(name not in OPEN):
+                if name in OPEN:
                     return await asked(request, context)
+                with self._traced(name, context):
+                    self._check(_metadata(context))
+                    with self._counted():
+                        return await asked(request, context)
             except Exception as error:
                 failure = error
             code = CODES.get(status_of(failure), grpc.StatusCode.INTERNAL)
@@ -128,12 +130,23 @@ class Service:
         return handler
 
     @contextmanager
-    def _counted(self, really: bool = True) -> Iterator[None]:
-        self.site.running += really
+    def _counted(self) -> Iterator[None]:
+        self.site.running += 1
         try:
             yield
         finally:
-            self.site.running -= really
+            self.site.running -= 1
+
+    @contextmanager
+    def _traced(self, name: str, context: Any) -> Iterator[None]:
+        """A call is a request over HTTP/2, of this path; it ends with the status that it would have had over HTTP."""
+        with self.site.tracing.over("POST", f"/{SERVICE}/{name}", _metadata(context)) as trace:
+            try:
+                yield
+                trace.status = 200
+            except Exception as error:
+                trace.status = status_of(error)
+                raise
 
     def _said(self, error: Exception) -> str:
         """What the caller is told. What nobody raised on purpose goes into the log, without its message, which may
@@ -171,6 +184,10 @@ class Memory:
     async def unregister(self, request: Any, context: Any) -> Any:
         self.regions.unregister(request.name)
         return CLASSES["SystemSharedMemoryUnregisterResponse"]()
+
+
+def _metadata(context: Any) -> dict[str, Any]:
+    return dict(context.invocation_metadata() or ())
 
 
 def _pushback(error: Exception) -> tuple[tuple[str, str], ...]:
