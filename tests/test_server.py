@@ -19,6 +19,8 @@ from starlette.routing import Route
 import jaxinfer as ji
 from jaxinfer.errors import InvalidOption, ModelNotFound
 from jaxinfer.serving import app
+from jaxinfer.serving.openai.wire import ModelList
+from jaxinfer.serving.operations import Events, Operation
 from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Part
 from tests.running import eventually
@@ -131,6 +133,28 @@ def test_a_client_that_takes_nothing_is_cut_off(double, monkeypatch):
             slow.sendall(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
             assert ended.wait(20) and eventually(lambda: not server.site.running)
             assert http.get("/v1/models").status_code == 200
+
+
+def test_a_stream_that_nobody_takes_ends_and_is_told_no_error_for_which_it_would_wait_again(double, monkeypatch):
+    ended, failures = threading.Event(), []
+
+    async def pieces():
+        try:
+            while True:
+                yield bytes(65536)
+        finally:
+            ended.set()
+
+    async def answer():
+        return Events(pieces(), lambda error: (failures.append(error), b"")[1])
+
+    streams = Operation("GET", "/streams", "endless", answer, gives=ModelList)
+    monkeypatch.setattr(app, "PARTS", (*app.PARTS, lambda _: Part(operations=[streams])))
+    with ji.serve(double, port=0, stall_timeout=0.3) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as slow:
+            slow.sendall(b"GET /streams HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert ended.wait(20) and eventually(lambda: not server.site.running) and not failures
 
 
 def test_no_prompt_and_no_key_is_in_the_log(tiny_path, caplog, capfd, monkeypatch):

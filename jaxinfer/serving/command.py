@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jaxinfer.errors import InvalidOption, JaxinferError
@@ -15,12 +16,14 @@ from jaxinfer.serving.server import Server, named_models
 from jaxinfer.serving.settings import Settings
 
 POLL = 0.05
+FILES = 65536  # that may be open: each connection is one, and many shells start a process with 1,024
 
 
 def serve(models: Sequence[str], settings: Settings, options: dict[str, Any], say: Callable[[str], None]) -> int:
     """Serve until a signal comes; returns the exit code. It listens before the models are loaded, and a model that
     cannot be loaded leaves the others alone; if that is all of them, their errors are all there is to say."""
     named = _named(models)
+    allow_files()
     server = Server(Registry(), settings)
     others = {"gRPC": server.grpc_address, "the administration": server.admin_url}
     say(f"listening on {server.url}" + "".join(f", for {what} on {where}" for what, where in others.items() if where))
@@ -48,6 +51,17 @@ def serve(models: Sequence[str], settings: Settings, options: dict[str, Any], sa
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def allow_files() -> None:
+    """Let this process have as many open files as it may, up to `FILES`."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit; a container may forbid the change
+        import resource
+
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
+        if resource.RLIM_INFINITY != now < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:

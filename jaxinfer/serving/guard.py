@@ -51,10 +51,12 @@ class Guard:
                 await self.app(scope, exchange.receive, exchange.send)
             finally:
                 self.site.running -= counted
-        except (Gone, Stalled):
+        except Gone:
             pass
         except Exception as error:
             await exchange.fail(error)
+        finally:
+            exchange.close()
 
     def _check(self, exchange: Exchange) -> None:
         if sum(len(name) + len(value) for name, value in exchange.scope["headers"]) > self.site.settings.max_head:
@@ -78,8 +80,8 @@ class Guard:
         return any([hmac.compare_digest(digest, known) for known in self.keys])  # all of them: no time tells which
 
 
-class Stalled(Exception):
-    """A client that takes nothing any more."""
+class Stalled(Gone):
+    """A client that takes nothing any more, as good as gone."""
 
 
 class Exchange:
@@ -90,6 +92,10 @@ class Exchange:
         self.begun = self.complete = False
         self.read = 0
         self._deadline: float | None = None  # for the whole body
+        self._loop = asyncio.get_running_loop()
+        self._sending: tuple[float, asyncio.Task] | None = None  # since when a message has been on its way, and whose
+        self._look_again: asyncio.TimerHandle | None = None
+        self._stalled = False
         given = self.header(b"x-request-id").decode("latin-1")
         self.id = given if OURS.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.id
@@ -105,7 +111,7 @@ class Exchange:
         if self.complete:
             return await self._receive()  # until the client hangs up
         if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().time() + self.settings.body_timeout
+            self._deadline = self._loop.time() + self.settings.body_timeout
         try:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
@@ -123,14 +129,42 @@ class Exchange:
         if message["type"] == "http.response.start":
             self.begun = True
             message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.id.encode())]}
+        if message["type"] == PATHSEND:  # a file, for which the kernel watches who takes nothing
+            return await self._send(message)
+        task = asyncio.current_task()
+        assert task is not None
+        self._sending = self._loop.time(), task
+        if self._look_again is None:
+            self._look()
         try:
-            whole = message["type"] == PATHSEND  # a file, for which the kernel watches who takes nothing
-            async with asyncio.timeout(None if whole else self.settings.stall_timeout):
-                await self._send(message)
-        except TimeoutError:
+            await self._send(message)
+        except asyncio.CancelledError:
+            if not self._stalled:
+                raise
+            task.uncancel()
             log.info("%s %s: the client took nothing for %g s", self.scope["method"], self.scope["path"],
                      self.settings.stall_timeout)
             raise Stalled() from None
+        finally:
+            self._sending = None
+
+    def _look(self) -> None:
+        """Whether a message has been on its way for too long. One timer looks now and then: one for each message, of
+        which a stream has one a token, took a tenth of what a token cost."""
+        left, self._look_again = self.settings.stall_timeout, None
+        if self._sending is not None:
+            since, task = self._sending
+            left += since - self._loop.time()
+            if left <= 0:
+                self._stalled = True
+                task.cancel()
+                return
+        self._look_again = self._loop.call_later(left, self._look)
+
+    def close(self) -> None:
+        """Nothing more is sent."""
+        if self._look_again is not None:
+            self._look_again.cancel()
 
     async def fail(self, error: Exception) -> None:
         """Answer with the error, unless an answer has begun; what nobody raised on purpose goes into the log, with

@@ -76,6 +76,8 @@ class _Stream:
                         await send({"type": "http.response.start", "status": 200, "headers": HEAD})
                         begun = True
                     await send({"type": "http.response.body", "body": event, "more_body": True})
+        except Gone:
+            raise
         except Exception as error:
             if not begun:
                 raise

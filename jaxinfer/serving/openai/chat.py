@@ -18,7 +18,7 @@ from jaxinfer.serving.openai.conversation import prompt_of, template_of
 from jaxinfer.serving.openai.drawing import ANY_OBJECT, sampling_of, usage_of
 from jaxinfer.serving.openai.feed import Feed
 from jaxinfer.serving.openai.models import find_language
-from jaxinfer.serving.openai.sse import DONE, event, failed
+from jaxinfer.serving.openai.sse import DONE, failed, writing
 from jaxinfer.serving.openai.tools import Change, Reader, Style, grammar_of, style_of
 from jaxinfer.serving.openai.wire import (
     Called,
@@ -148,27 +148,28 @@ async def _chunks(feed: Feed, ask: ChatRequest, model: LanguageModel, style: Sty
                   ) -> AsyncGenerator[bytes]:
     counted = bool(ask.stream_options and ask.stream_options.include_usage)
     about = about | {"system_fingerprint": f"v{model.version}"} | ({"usage": None} if counted else {})
-    chunk = lambda *choice: event(ChatChunk(**about, choices=[ChunkChoice(*choice)]))
     readers: dict[int, Reader | None] = defaultdict(lambda: Reader(style) if style is not None else None)
     begun, usage = set[int](), None
-    async with feed:
-        async for _, piece in feed:
-            index = piece.index
-            if index not in begun:
-                begun.add(index)
-                yield chunk(index, Delta("assistant", ""))
-            told = _told(ask, model, piece)
-            for delta in _deltas(piece, reader := readers[index]):
-                yield chunk(index, delta, told)
-                told = None
-            if told is not None:  # of tokens that showed no text, an end token for one
-                yield chunk(index, Delta(content=""), told)
-            if piece.finish_reason is not None:
-                yield chunk(index, Delta(), None, _reason(piece.finish_reason, reader))
-            if piece.output is not None:
-                usage = usage_of([piece.output])
-    if counted:
-        yield event(ChatChunk(**{**about, "usage": usage}, choices=[]))
+    with writing() as event:
+        chunk = lambda *choice: event(ChatChunk(**about, choices=[ChunkChoice(*choice)]))
+        async with feed:
+            async for _, piece in feed:
+                index = piece.index
+                if index not in begun:
+                    begun.add(index)
+                    yield chunk(index, Delta("assistant", ""))
+                told = _told(ask, model, piece)
+                for delta in _deltas(piece, reader := readers[index]):
+                    yield chunk(index, delta, told)
+                    told = None
+                if told is not None:  # of tokens that showed no text, an end token for one
+                    yield chunk(index, Delta(content=""), told)
+                if piece.finish_reason is not None:
+                    yield chunk(index, Delta(), None, _reason(piece.finish_reason, reader))
+                if piece.output is not None:
+                    usage = usage_of([piece.output])
+        if counted:
+            yield event(ChatChunk(**{**about, "usage": usage}, choices=[]))
     yield DONE
 
 

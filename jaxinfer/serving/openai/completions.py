@@ -14,7 +14,7 @@ from jaxinfer.serving.openai import logprobs
 from jaxinfer.serving.openai.drawing import sampling_of, usage_of
 from jaxinfer.serving.openai.feed import Feed
 from jaxinfer.serving.openai.models import find_language
-from jaxinfer.serving.openai.sse import DONE, event, failed
+from jaxinfer.serving.openai.sse import DONE, failed, writing
 from jaxinfer.serving.openai.wire import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompts
 from jaxinfer.serving.operations import Events
 from jaxinfer.serving.problems import Problem
@@ -73,18 +73,19 @@ async def _chunks(feed: Feed, ask: CompletionRequest, model: LanguageModel, abou
     about = about | {"system_fingerprint": f"v{model.version}"} | ({"usage": None} if counted else {})
     outputs: list[Output] = []
     told = defaultdict[int, logprobs.Told](lambda: logprobs.Told(model.tokenizer, ask.logprobs or 0))  # by choice
-    async with feed:
-        async for i, piece in feed:
-            index = i * (ask.n or 1) + piece.index
-            logs = None
-            if piece.logprobs is not None:
-                logs = told[index].add(zip(piece.tokens, piece.logprobs, strict=True))
-            choice = CompletionChoice(index, piece.text, logs, piece.finish_reason)  # type: ignore[arg-type]
-            yield event(Completion(**about, choices=[choice]))
-            if piece.output is not None:
-                outputs.append(piece.output)
-    if counted:
-        yield event(Completion(**{**about, "usage": usage_of(outputs)}, choices=[]))
+    with writing() as event:
+        async with feed:
+            async for i, piece in feed:
+                index = i * (ask.n or 1) + piece.index
+                logs = None
+                if piece.logprobs is not None:
+                    logs = told[index].add(zip(piece.tokens, piece.logprobs, strict=True))
+                choice = CompletionChoice(index, piece.text, logs, piece.finish_reason)  # type: ignore[arg-type]
+                yield event(Completion(**about, choices=[choice]))
+                if piece.output is not None:
+                    outputs.append(piece.output)
+        if counted:
+            yield event(Completion(**{**about, "usage": usage_of(outputs)}, choices=[]))
     yield DONE
 
 

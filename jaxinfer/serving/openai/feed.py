@@ -12,6 +12,7 @@ from anyio import to_thread
 
 from jaxinfer.request import Output, Piece, Request
 from jaxinfer.runtime.answer import Answer
+from jaxinfer.serving.mailbox import Mailbox
 
 
 class Feed:
@@ -20,7 +21,7 @@ class Feed:
     def __init__(self, model: Any, requests: Sequence[Request], *, pieces: bool):
         self._model, self._requests, self._wanted = model, requests, pieces
         self._answers: list[Answer] = []
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = Mailbox.of()
         self._queue: asyncio.Queue[tuple[int, Piece] | BaseException] = asyncio.Queue()
 
     async def __aenter__(self) -> Feed:
@@ -55,10 +56,7 @@ class Feed:
             self._tell(error)
 
     def _tell(self, item: tuple[int, Piece] | BaseException) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-        except RuntimeError:
-            pass  # the loop was closed: nobody reads any more
+        self._mailbox.post(self._queue.put_nowait, item)
 
     async def outputs(self) -> list[Output]:
         """All Outputs, in the order of the requests; or the first error."""

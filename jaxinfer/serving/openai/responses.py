@@ -16,7 +16,7 @@ from jaxinfer.serving.openai.conversation import prompt_of
 from jaxinfer.serving.openai.drawing import ANY_OBJECT, sampling_of
 from jaxinfer.serving.openai.feed import Feed
 from jaxinfer.serving.openai.models import find_language
-from jaxinfer.serving.openai.sse import event
+from jaxinfer.serving.openai.sse import event, writing
 from jaxinfer.serving.openai.wire_responses import (
     Cached,
     Drawn,
@@ -108,11 +108,11 @@ class _Stream:
 
     def __init__(self, ask: ResponseRequest):
         self.response, self.message = _begun(ask)
-        self.number = 0
+        self.number, self._write = 0, event
 
     def _event(self, kind: str, **more: Any) -> bytes:
         self.number += 1
-        return event(ResponseEvent(type=kind, sequence_number=self.number - 1, **more), kind)
+        return self._write(ResponseEvent(type=kind, sequence_number=self.number - 1, **more), kind)
 
     def failed(self, error: BaseException) -> bytes:
         detail = detail_of(error)
@@ -122,19 +122,20 @@ class _Stream:
     async def events(self, feed: Feed) -> AsyncGenerator[bytes]:
         item, part = {"output_index": 0}, {"item_id": self.message.id, "output_index": 0, "content_index": 0}
         begun = False
-        async with feed:
-            async for _, piece in feed:
-                if not begun:
-                    begun = True
-                    yield self._event("response.created", response=self.response)
-                    yield self._event("response.in_progress", response=self.response)
-                    yield self._event("response.output_item.added", item=self.message, **item)
-                    yield self._event("response.content_part.added", part=OutputText(""), **part)
-                if piece.text:
-                    yield self._event("response.output_text.delta", delta=piece.text, logprobs=[], **part)
-                if piece.output is not None:
-                    response = _ended(self.response, self.message, piece.output)
-                    yield self._event("response.output_text.done", text=piece.output.text, logprobs=[], **part)
-                    yield self._event("response.content_part.done", part=self.message.content[0], **part)
-                    yield self._event("response.output_item.done", item=self.message, **item)
-                    yield self._event(f"response.{response.status}", response=response)
+        with writing() as self._write:
+            async with feed:
+                async for _, piece in feed:
+                    if not begun:
+                        begun = True
+                        yield self._event("response.created", response=self.response)
+                        yield self._event("response.in_progress", response=self.response)
+                        yield self._event("response.output_item.added", item=self.message, **item)
+                        yield self._event("response.content_part.added", part=OutputText(""), **part)
+                    if piece.text:
+                        yield self._event("response.output_text.delta", delta=piece.text, logprobs=[], **part)
+                    if piece.output is not None:
+                        response = _ended(self.response, self.message, piece.output)
+                        yield self._event("response.output_text.done", text=piece.output.text, logprobs=[], **part)
+                        yield self._event("response.content_part.done", part=self.message.content[0], **part)
+                        yield self._event("response.output_item.done", item=self.message, **item)
+                        yield self._event(f"response.{response.status}", response=response)
