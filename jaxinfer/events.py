@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -179,7 +179,14 @@ def emit(event: Event) -> None:
         except KeyboardInterrupt:
             raise  # the user's, who is in the main thread
         except BaseException:  # sys.exit() as well
-            traceback.print_exc()
+            report()
+
+
+def report() -> None:
+    """Print the exception that is being handled on stderr. A disk that is full, or nobody who reads, must not harm the
+    thread that tells it."""
+    with suppress(OSError, ValueError):
+        traceback.print_exc()
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def paths(tmp_path_factory):
 def made(path, **options):
     """A model that compiles nothing that no request of ours runs on."""
     lm = ji.load(path, **LONE | options)
-    lm.warmup = lambda: lm._engine.executables.compile_all(Key("copy")) or lm(PROMPT, **HOW)
+    lm.warmup = lambda **_: lm._engine.executables.compile_all(Key("copy")) or lm(PROMPT, **HOW)
     return lm
 
 
@@ -449,7 +449,7 @@ def test_endpoints_and_encoders_sleep_and_wake(bert, tmp_path, monkeypatch):  # 
     monkeypatch.setenv("JAXINFER_CACHE", str(tmp_path))
     weights = {"w": np.arange(1 << 16, dtype=np.float32).reshape(4, -1), "b": jnp.ones(3, jnp.bfloat16)}
     make = lambda: ji.endpoint(lambda p, x: (x @ p["w"]).sum(1) + p["b"][0], weights, example=X, max_batch=2)
-    read = lambda: setattr(encoder := ji.load(bert), "warmup", lambda: encoder.embed("w1 w2")) or encoder
+    read = lambda: setattr(encoder := ji.load(bert), "warmup", lambda **_: encoder.embed("w1 w2")) or encoder
     with read() as encoder, make() as f:
         encoder.warmup()
         f.warmup()

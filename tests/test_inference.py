@@ -352,7 +352,7 @@ def test_sizes_that_a_function_cannot_take_together_are_the_clients_fault():
 
 def test_an_encoder_takes_texts(request):
     registry, encoder = ji.Registry(), ji.load(request.getfixturevalue("bert"))
-    encoder.warmup = lambda: None  # all its buckets, of which this needs one
+    encoder.warmup = lambda background: None  # all its buckets, of which this needs one
     registry.load("texts", lambda: encoder)
     with client(registry) as web:
         said = web.get("/v2/models/texts").json()

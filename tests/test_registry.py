@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import jaxinfer as ji
 from jaxinfer.errors import Closed, InvalidOption, ModelNotFound, OutOfMemory, Rejected, StepFailed
 from tests.running import eventually
+from tests.test_coming import held
 from tests.test_endpoint import Held
 
 X = np.zeros(4, np.float32)
@@ -53,6 +54,32 @@ def test_a_version_is_loaded_flipped_to_and_the_old_one_closed(registry):
     reply.result(10)
     assert reply.version == 2 == handle.version.number
     assert asyncio.run(handle.asubmit(X))["a"].tolist() == [2.0] * 4
+
+
+def test_the_first_version_of_a_name_serves_with_one_program_and_the_next_gets_its_label_with_all(registry):
+    first, second = constant(1)(), constant(2)()
+    with held(first.functions, lambda key: key.rows != 4) as (go, _):
+        registry.load("m", lambda: first)
+        assert numbers(registry["m"](X)) == {1.0} and (first.coming.ready, first.coming.total) == (1, 3)
+        go.set()
+        assert eventually(lambda: first.coming.ready == 3)
+    with held(second.functions, lambda key: key.rows == 1) as (go, begun):
+        loader = threading.Thread(target=registry.load, args=("m", lambda: second))
+        loader.start()
+        assert eventually(lambda: begun) and registry.versions("m") == [1]
+        assert numbers(registry["m"](X)) == {1.0}
+        go.set()
+        loader.join(20)
+    assert registry.labels("m") == {"stable": 2} and second.coming is None
+    assert len(second.ledger) == 3 and all(entry.seconds for entry in second.ledger)
+
+
+def test_where_memory_is_counted_a_model_is_compiled_whole():
+    registry = ji.Registry("1GiB")
+    registry.load("m", constant(1))
+    ledger = registry["m"].ledger
+    assert registry["m"].coming is None and len(ledger) == 3 and all(entry.seconds for entry in ledger)
+    registry.close()
 
 
 def test_labels_hold_versions_side_by_side(registry):

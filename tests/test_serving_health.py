@@ -1,6 +1,7 @@
 """Probes say whether the server lives, has started and can serve, and why not."""
 
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -53,6 +54,17 @@ def test_readiness_is_of_each_model_with_reasons_and_progress(served):
     assert not ok and body["models"]["other"] == {"ready": False,
                                                  "reason": "it could not be loaded: it needs 3 GiB"}
     assert asked(client, "/startupz")[0], "nothing is coming any more"
+
+
+def test_a_model_is_ready_with_its_first_programs_and_tells_how_many_there_are(served):
+    _, lm, client = served
+    lm.coming = SimpleNamespace(ready=7, total=42, failed={}, ended=None)
+    ok, body = asked(client, "/readyz")
+    assert ok and body["models"]["tiny"] == {"ready": True, "version": 1, "programs": {"ready": 7, "total": 42}}
+    lm.coming = SimpleNamespace(ready=42, total=42, failed={}, ended=1.0)
+    assert "programs" not in asked(client, "/readyz")[1]["models"]["tiny"]
+    lm.coming = SimpleNamespace(ready=41, total=42, failed={"forward": "too large"}, ended=1.0)
+    assert asked(client, "/readyz")[1]["models"]["tiny"]["programs"]["failed"] == {"forward": "too large"}
 
 
 def test_a_server_that_stops_or_has_no_model_is_not_ready_and_lives(served):

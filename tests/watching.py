@@ -10,7 +10,7 @@ def site_of(settings=None, **models) -> Site:
     """A site over these models, which are not warmed up."""
     registry = Registry()
     for name, model in models.items():
-        model.warmup = lambda: None
+        model.warmup = lambda background: None
         registry.load(name, lambda model=model: model)
     return Site(registry, settings or Settings())
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import kernels
-from jaxinfer.compiler.buckets import Bucket, Ladder
+from jaxinfer.compiler.buckets import Bucket, Ladder, decode, prompt
 from jaxinfer.compiler.fingerprint import Unknown, fingerprint
 from jaxinfer.compiler.placement import Placement
 from jaxinfer.compiler.programs import Programs
@@ -252,21 +251,40 @@ class Executables(Programs):
             ready = {key.shape.rows for key in self._pending if key.kind == self.gives_logits}  # type: ignore[union-attr]
         return sorted(ready | {bucket.rows for bucket in self.ladder.prompts})
 
+    @cached_property
+    def keys(self) -> list[Key]:
+        """All programs, in the order in which requests want them: those of one short request, those that long prompts
+        and many rows fit into, and the others. Users' functions, and scoring and embedding, are compiled when they are
+        first asked for, before their request is admitted."""
+        large = (self.holding(shape)[0] for shape in (prompt(self.ladder.chunk), decode(self.max_rows)))
+        return [*_keys(dict.fromkeys((*self.first, *large, *self.ladder.buckets))), *self.moving]
+
+    @property
+    def least(self) -> list[Key]:
+        """Those that serve one short request. Others run on what else is there, or wait for their own, which is the
+        next to be compiled then."""
+        draws = (Key(kind, bucket.rows) for bucket in self.first for kind in ("greedy", "sample"))
+        return list(dict.fromkeys((Key("zeros"), *map(_forward, self.first), *draws)))
+
+    @property
+    def first(self) -> tuple[Bucket, Bucket]:
+        """The smallest buckets that read a prompt, and that decode."""
+        return self.holding(prompt(1))[0], self.holding(decode(1))[0]
+
     def warmup(self, buckets: Iterable[Bucket] | None = None) -> None:
-        """Compile everything (or what `buckets` need), so that no step compiles afterwards. Users' functions, and
-        scoring and embedding, are compiled when they are first asked for, before their request is admitted."""
-        self.compile_all(*_keys(self.ladder.buckets if buckets is None else tuple(buckets)), *self.moving)
+        """Compile everything (or what `buckets` need), so that no step compiles afterwards."""
+        self.compile_all(*(self.keys if buckets is None else (*_keys(buckets), *self.moving)))
 
     def fetch_all(self) -> Future:
         """Start to take in the background what is on the disk of all that `warmup` would compile."""
-        return self.fetch(*_keys(self.ladder.buckets), *self.moving)
+        return self.fetch(*self.keys)
 
     def taken(self, op: str, how: str) -> list[str]:
         """The implementations that the programs of steps take of an op, up to the first program that takes `how`. Those
         that are being compiled anyway come first, then those that are traced quickly."""
         found: dict[str, None] = {}
         slow = lambda key: (key not in self._pending, isinstance(key.shape, Bucket))
-        parts = (part for key in _keys(self.ladder.buckets) for part in self.parts(key))
+        parts = (part for key in self.keys for part in self.parts(key))
         for key in sorted(parts, key=slow):
             if how in found:
                 break
@@ -279,12 +297,13 @@ class Executables(Programs):
         self._functions.clear()
 
 
-def _keys(buckets: Sequence[Bucket]) -> list[Key]:
-    """What a step in these buckets may need, but for users' functions, scores and embeddings."""
-    rows = sorted({b.rows for b in buckets if b.steps == 1})
-    kinds = "greedy", "sample", "edited", "logprobs"
-    return [*(key for bucket in buckets for key in _forwards(bucket)),
-            *(Key(kind, r) for r, kind in itertools.product(rows, kinds)), *map(Key, ("copy", "history", "zeros"))]
+def _keys(buckets: Iterable[Bucket]) -> list[Key]:
+    """What a step in these buckets may need, one after the other, but for users' functions, scores and embeddings."""
+    found = [*map(Key, ("zeros", "copy", "history"))]
+    for bucket in buckets:
+        draws = ("greedy", "sample", "edited", "logprobs") if bucket.steps == 1 else ()
+        found += [*_forwards(bucket), *(Key(kind, bucket.rows) for kind in draws)]
+    return list(dict.fromkeys(found))
 
 
 def _forward(bucket: Bucket) -> Key:

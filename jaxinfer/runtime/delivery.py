@@ -6,7 +6,6 @@ import heapq
 import queue
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -168,7 +167,7 @@ class Delivery:
         try:
             action()
         except BaseException:
-            traceback.print_exc()
+            events.report()
 
     def _open(self, ticket: Ticket) -> None:
         for sample in ticket.samples:
@@ -261,7 +260,7 @@ class Delivery:
             act(*found, *args)
         except BaseException as error:  # sys.exit() in a callback as well
             if found[0].answer.done():  # a done callback's: its request has ended
-                traceback.print_exc()
+                events.report()
             else:
                 self._fail(found[0], error)
 

@@ -155,9 +155,12 @@ class TextEncoder(Served):
         """The token ids of a text, as the model reads it: with its special tokens, and cut to `max_length`."""
         return self._tokens(text).ids
 
-    def warmup(self) -> None:
-        """Compile every Executable now, so that no request waits for a compile afterwards."""
-        self._programs.compile_all(*(b for buckets in self._work.ladder.values() for b in buckets))
+    def warmup(self, background: bool = False) -> None:
+        """Compile every Executable now, so that no request waits for a compile afterwards. In the `background`: return
+        once there is one into which any text fits; `coming` tells how far it is with the others."""
+        ladder = self._work.ladder
+        keys = [bucket for buckets in ladder.values() for bucket in buckets]
+        self._compile([self._programs], keys, ladder[self.max_length][:1], background)
 
     def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int, Tokens]:
         if kwargs or len(args) != 1:

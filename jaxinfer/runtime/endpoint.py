@@ -72,12 +72,14 @@ class Endpoint(Served):
         """The rungs of each padded axis; "B" is the requests of a batch."""
         return dict(self._work.ladders.axes)
 
-    def warmup(self) -> None:
-        """Compile every Executable now, so that no request waits for a compile afterwards.
+    def warmup(self, background: bool = False) -> None:
+        """Compile every Executable now, so that no request waits for a compile afterwards. In the `background`: return
+        once the largest is there, into which all requests fit; `coming` tells how far it is with the others.
 
         Raises OutOfMemory if the endpoint was given a `memory` that its weights and its largest Executable exceed.
         """
-        self.functions.compile_all(*self._work.ladders.keys(self._named))
+        keys = self._work.ladders.keys(self._named)
+        self._compile([self.functions], keys, keys[-1:], background)
         if self.memory is not None and self.nbytes > self.memory:
             raise OutOfMemory(f"{self.name} needs {self.nbytes:,} bytes, for its weights and its largest batch; memory "
                               f"is {self.memory:,}; give it more, or a smaller max_batch")

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -243,6 +243,8 @@ class LanguageModel(Living):
         for entry in self.ledger:
             if entry.seconds:
                 found.note(entry.name, entry.began, entry.began + entry.seconds, entry.read, entry.origin)
+        if coming := self.coming:
+            found.note("warm-up in the background", coming.began, coming.ended or time.perf_counter())
         if first := min((s.delivery.first for s in self._front.shards if s.delivery.first), default=None):
             found.note("first token", *first)
         return found
@@ -343,12 +345,14 @@ class LanguageModel(Living):
     def _busy(self) -> bool:
         return any(shard.delivery.busy for shard in self._front.shards)
 
-    def warmup(self) -> None:
-        """Compile every bucket now, so that no request waits for a compile afterwards."""
+    def warmup(self, background: bool = False) -> None:
+        """Compile every bucket now, so that no request waits for a compile afterwards. In the `background`: return once
+        requests can be served, by the smallest buckets; `coming` tells how far it is with the others."""
         self._check_open()
+        each = [shard.engine.executables for shard in self._front.shards]
         try:
-            with self._startup.phase("warm-up"), ThreadPoolExecutor(len(self._front.shards)) as pool:
-                list(pool.map(lambda shard: shard.engine.executables.warmup(), self._front.shards))
+            with self._startup.phase("warm-up"):
+                self._compile(each, each[0].keys, each[0].least, background)
         except (CancelledError, RuntimeError):
             self._check_open()
             raise

@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, Self
 
 from jaxinfer.compiler.placement import Placement
+from jaxinfer.compiler.programs import Programs
 from jaxinfer.errors import Closed
 from jaxinfer.runtime.admission import Admission
+from jaxinfer.runtime.coming import Coming
 from jaxinfer.runtime.gate import Gate
 
 
@@ -85,6 +87,7 @@ class Living:
     _shut: Callable[[], object]
     again: Callable[[], Any] | None = None
     home: Home | None = None
+    coming: Coming | None = None  # the programs that a warm-up in the background compiles
 
     @property
     def rooms(self) -> Sequence[Room]:
@@ -115,6 +118,13 @@ class Living:
     def closed(self) -> bool:
         """Whether no more requests are taken: it was closed, is drained, or all its threads have ended."""
         return all(admission.closed for admission in self._admissions)
+
+    def _compile(self, each: Sequence[Programs], keys: Sequence[Any], least: Sequence[Any], background: bool) -> None:
+        """Compile `keys`; or those that are `least` needed, and the others in the background."""
+        for future in [future for programs in each for future in programs.prepare(*(least if background else keys))]:
+            future.result()
+        if background:
+            self.coming = Coming(each, [key for key in keys if key not in least], len(least))
 
     def drain(self, seconds: float = 60.0) -> None:
         """Refuse what comes from now on, wait until what is here has ended (or for so many seconds), and close."""

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from jaxinfer import compiler, events
 from jaxinfer import kernels as ops
 from jaxinfer.compiler import Executables, Key
-from jaxinfer.compiler.buckets import decode, prompt
 from jaxinfer.compiler.placement import Placement, spread
 from jaxinfer.compiler.streamed import Streamed
 from jaxinfer.errors import InvalidOption, OutOfMemory
@@ -183,7 +182,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
             kept.append(prefix_places(executables, groups, *(size // len(each) for size in prefixes)))
             if kept[-1] and kept[-1].spill:
                 undo.enter_context(closing(kept[-1].spill))
-        first, then = ladder.holding(prompt(1))[0], ladder.holding(decode(1))[0]
+        first, then = each[0].first
         for executables in each:  # while the weights are read
             executables.prepare(Key("zeros"), Key("greedy", first.rows), Key("forward", first))
         for op, how in (kernels or {}).items():

@@ -122,6 +122,10 @@ class Registry:
         """Make a version (`make()` returns an Endpoint or a LanguageModel), warm it, and give it the `label`; whoever
         had that is drained for at most `drain` seconds and closed. Returns its number.
 
+        Where no version of the name is there, this returns as soon as requests can be served, and the other programs
+        are compiled in the background (`model.coming`). Beside one that serves, and with a `device_memory`, which is
+        for what all programs need, a version is compiled whole before it gets a label: the flip stalls nobody.
+
         `policy`: "available" loads the new version beside the old one, so that there always is one; "frugal" closes
         the old one first, where both do not fit: callers are Rejected until the new one has come, with every label that
         the old one had. By default it follows from `needs`, the bytes of the new version (those of the old one if it is
@@ -229,7 +233,7 @@ class Registry:
             start, model = time.monotonic(), make()
             try:
                 model.rename(name)
-                model.warmup()
+                model.warmup(background=not shelf.ready and self._dormitory.budget == math.inf)
                 number = next(shelf.numbers) if number is None else number
                 model.renumber(number, shelf.numbers)
                 move_in(f"{name}/{number}", model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -261,7 +260,7 @@ class Runner:
         except Abandoned:
             return
         except BaseException:
-            traceback.print_exc()
+            events.report()
             if self.supervised and not self._closing:
                 return  # whoever supervises it sees to the rest
         self._closing = True
@@ -354,7 +353,7 @@ class Runner:
         try:
             ask.sink.finish(result, version)
         except BaseException:  # a done callback's: sys.exit() as well
-            traceback.print_exc()
+            events.report()
         if wake:
             wake_loops([ask.sink])
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -78,7 +77,7 @@ class Supervisor:
             try:
                 self.look()
             except Exception:
-                traceback.print_exc()
+                events.report()
 
     def look(self) -> None:
         """Look at every thread once."""

@@ -6,8 +6,9 @@ import heapq
 import itertools
 import threading
 import time
-import traceback
 from collections.abc import Callable
+
+from jaxinfer import events
 
 MOST = 1024  # calls that may wait until those that nobody needs are looked for
 
@@ -44,7 +45,7 @@ class Timer:
             try:
                 act()
             except BaseException:
-                traceback.print_exc()
+                events.report()
             del act  # who is called back may be kept alive by nobody else
 
 

@@ -88,4 +88,6 @@ def _load(server: Server, named: dict[str, str], options: dict[str, Any], say: C
             say(f"error: {name} could not be loaded: {error}")
         else:
             ready.append(name)
-            say(f"{name} is ready, after {time.monotonic() - start:.1f} s")
+            coming = server.registry[name].coming
+            more = f"; {coming.total - coming.ready} more programs come in the background" if coming else ""
+            say(f"{name} is ready, after {time.monotonic() - start:.1f} s{more}")

@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from jaxinfer import events
 from jaxinfer.errors import ModelNotFound
+from jaxinfer.runtime.coming import Coming
 from jaxinfer.runtime.registry import STABLE
 from jaxinfer.runtime.supervisor import Supervisor
 from jaxinfer.serving.site import Part, Site
@@ -95,7 +96,8 @@ class Health:
                        if v.name == name and v.number == self._labels(name).get(STABLE)), None)
         if stable is not None:
             trouble = self.supervisor.trouble(stable.model) or ("it is closed" if stable.model.closed else None)
-            return {"ready": trouble is None, "version": stable.number, **({"reason": trouble} if trouble else {})}
+            return {"ready": trouble is None, "version": stable.number, **({"reason": trouble} if trouble else {}),
+                    **_coming(stable.model.coming)}
         return self._loading(name) if name in (*self.site.loading, *self.site.registry) else {
             "ready": False, "reason": "there is no such model"}
 
@@ -113,6 +115,14 @@ class Health:
         progress = [{"what": p.what, "name": p.name, "done": p.done, "total": p.total}
                     for p in tuple(self.progress.values())]
         return {"ready": False, "reason": "it is being loaded", **seconds, "progress": progress}
+
+
+def _coming(coming: Coming | None) -> dict[str, Any]:
+    """How far a model that serves already is with the rest of its programs, and what went wrong with them."""
+    if coming is None or (coming.ended and not coming.failed):
+        return {}
+    failed = {"failed": dict(coming.failed)} if coming.failed else {}
+    return {"programs": {"ready": coming.ready, "total": coming.total, **failed}}
 
 
 async def _answer(probe: Any, request: Request) -> Response:
