@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 import jaxinfer as ji
 from jaxinfer import events
@@ -28,7 +29,7 @@ grpc = pytest.importorskip("grpc")
 testclient = pytest.importorskip("starlette.testclient")
 
 from jaxinfer.serving.app import application, parts_of, private  # noqa: E402
-from jaxinfer.serving.inference import proto, question, rest, wire  # noqa: E402
+from jaxinfer.serving.inference import proto, question, rest, routes, wire  # noqa: E402
 from jaxinfer.serving.inference.datatypes import DTYPES  # noqa: E402
 from jaxinfer.serving.inference.models import Tensor, face_of  # noqa: E402
 from jaxinfer.serving.inference.regions import HOME, Regions  # noqa: E402
@@ -147,6 +148,19 @@ def test_no_bytes_at_all_are_more_than_refused(junk, data):
             wire.read_request(message)
         except InvalidRequest:
             pass
+
+
+@pytest.mark.parametrize("length", ["4000", "3"])
+def test_a_body_in_chunks_is_what_came_whatever_length_was_said(length):
+    """Memory that nothing was written into would go out with an answer."""
+    pieces = iter([b"abc", b"defgh"])
+
+    async def receive():
+        return {"type": "http.request", "body": next(pieces), "more_body": pieces.__length_hint__() > 0}
+
+    headers = [(b"content-length", length.encode()), (b"transfer-encoding", b"chunked")]
+    body, _ = asyncio.run(routes._body(Request({"type": "http", "headers": headers}, receive), 0))
+    assert bytes(body) == b"abcdefgh"
 
 
 def test_large_rows_go_out_as_they_are_and_small_ones_together():

@@ -3,17 +3,21 @@
 import base64
 import json
 import math
+import threading
 
+import httpx2
 import numpy as np
 import pytest
 
 import jaxinfer as ji
+from jaxinfer.serving.openai.feed import Feed
 from tests.running import all_free, blocked, eventually, hooked
 from tests.serving import CITY, CLOCK, TOOLS_TEMPLATE, WEATHER, chunks, client, events
 
 LOAD = dict(max_context=512, max_rows=4, max_waiting=8, batch_invariant=True)
 DRAW = dict(max_tokens=10, seed=5, temperature=0.8, ignore_eos=True)
 ASK = {"model": "tiny", "prompt": "Hello", **DRAW}
+DEEP = json.loads("[" * 200 + "]" * 200)
 SAY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], **DRAW}
 
 
@@ -320,7 +324,7 @@ REFUSED = [
     ("chat/completions", {"functions": []}, "unknown_parameter", "functions"),
     ("embeddings", {"input": "x", "dimensions": 7}, None, "dimensions"),
     ("responses", {"input": [{"type": "reasoning"}]}, None, "input"),
-    ("responses", {"input": "x", "previous_response_id": "r"}, "unknown_parameter", "previous_response_id"),
+    ("responses", {"input": "x", "previous_response_id": "r"}, "invalid_value", "previous_response_id"),
 ]
 
 
@@ -367,6 +371,54 @@ def test_clients_that_hang_up_by_the_hundred_leave_nothing_behind(http, lm):
                 http.post("/v1/completions", json=ASK | {"max_tokens": 240, "n": 2}, timeout=0.02)
     assert eventually(lambda: all_free(lm) and not lm._delivery._tickets)
     assert post(http, "/v1/completions", ASK)["choices"]
+
+
+def test_who_hangs_up_while_a_prompt_is_tokenized_asks_for_nothing_more(http, lm, monkeypatch):
+    tokenizing, gone, go, encode = *(threading.Event() for _ in range(3)), lm.tokenizer.encode
+    submitted, submit, cancel = [], lm.submit, Feed._cancel
+
+    def slowly(text, **how):
+        tokenizing.set()
+        assert go.wait(30)
+        return encode(text, **how)
+
+    monkeypatch.setattr(lm.tokenizer, "encode", slowly)
+    monkeypatch.setattr(lm, "submit", lambda *args, **how: submitted.append(submit(*args, **how)) or submitted[-1])
+    monkeypatch.setattr(Feed, "_cancel", lambda feed: (cancel(feed), gone.set()))
+    with pytest.raises(httpx2.TimeoutException):
+        http.post("/v1/completions", json=ASK | {"prompt": ["Hello", "World"], "max_tokens": 400}, timeout=0.5)
+    assert tokenizing.wait(20) and gone.wait(20)
+    go.set()
+    assert eventually(lambda: submitted and submitted[0].cancelled())
+    assert len(submitted) == 1, "the first was on its way, the second is not asked for"
+
+
+def test_more_prompts_than_may_wait_are_refused_for_good(http):
+    post(http, "/v1/completions", ASK | {"prompt": ["Hello"] * 9}, 400)
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/v1/completions", ASK | {"logit_bias": {"1" * 5000: 1}}),
+    ("/v1/completions", ASK | {"structured_outputs": {"choice": [f"{i:05}" for i in range(3000)]}}),
+    ("/v1/chat/completions", SAY | {"chat_template_kwargs": {"deep": DEEP}}),
+    ("/v1/chat/completions", SAY | {"messages": [{"role": "user", "content": "Hi", "deep": DEEP}]}),
+    ("/v1/chat/completions", SAY | {"messages": [{"role": "assistant", "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "[" * 100_000}}]}]}),
+    ("/tokenize", {"model": "tiny", "messages": [{"role": "user", "content": "Hi", "deep": DEEP}]})],
+    ids=["a long token", "many choices", "deep variables", "a deep message", "deep arguments", "tokenize"])
+def test_what_a_stranger_thinks_of_is_400(path, body, http):
+    assert post(http, path, body, 400)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_template_may_have_a_variable_of_any_name(http):
+    assert post(http, "/v1/chat/completions", SAY | {"chat_template_kwargs": {"template": "x"}})["choices"]
+
+
+def test_fields_that_ask_for_nothing_are_taken(http):
+    ask = {"model": "tiny", "input": "Hello", "max_output_tokens": 4, "previous_response_id": None, "tools": [],
+           "tool_choice": "auto", "parallel_tool_calls": True}
+    assert post(http, "/v1/responses", ask)["status"] == "incomplete"
+    post(http, "/v1/responses", ask | {"tools": [WEATHER]}, 400)
 
 
 def test_the_document_describes_every_operation_and_its_references_resolve(http):

@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
 from jaxinfer.errors import InvalidRequest
 
+DEEPEST = 64  # lists and dicts within each other
 MAX_TEXT = 1 << 24  # characters; the longest contexts hold a quarter of that
 
 
@@ -28,6 +29,7 @@ def render(
     messages: Sequence[Mapping],
     tools: Sequence[Mapping] | None = None,
     add_generation_prompt: bool = True,
+    /,
     **variables: Any,
 ) -> str:
     """The text of a conversation under a jinja2 chat template.
@@ -97,8 +99,10 @@ def _tools(tools: Any) -> list[dict] | None:
     return _plain(tools, "tools")
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy of plain JSON types: an object's methods are out of a template's reach."""
+    if depth > DEEPEST:
+        raise InvalidRequest(f"{where[:80]} is nested deeper than {DEEPEST} lists and dicts")
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):  # enums and their like shrink to what they are
@@ -106,9 +110,9 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, int | float):
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Mapping):
-        return {_plain(key, where): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {_plain(key, where): _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     raise InvalidRequest(f"{where} is {_kind(value)}; it must be text, a number, a list or a dict")
 
 

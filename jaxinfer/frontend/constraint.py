@@ -30,6 +30,7 @@ SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 # allow only the tokens that it gets by encoding that text: a call into Python for each mask, and with the blank that
 # SentencePiece puts before a text the wrong tokens.
 FREE = '%llguidance {"no_forcing": true}'
+MOST_CHOICES = 1999  # llguidance follows as many rules at a time
 GRAMMARS_KEPT = 64  # the latest of each tokenizer; one takes a millisecond or so to compile
 
 
@@ -138,8 +139,8 @@ def _grammar(grammar: Any) -> str:
 def _choice(choice: Any) -> str:
     if isinstance(choice, str) or not isinstance(choice, Sequence) or not all(isinstance(text, str) for text in choice):
         raise ValueError(f"it must be a sequence of strings, not {choice!r:.80}")
-    if not choice:
-        raise ValueError("it is empty; give at least one text to choose")
+    if not 1 <= len(choice) <= MOST_CHOICES:
+        raise ValueError(f"it has {len(choice)} texts; there must be 1 to {MOST_CHOICES} to choose from")
     # A string in Lark is one in JSON, except that DEL may not stand for itself.
     return "start: " + " | ".join(json.dumps(t, ensure_ascii=False).replace("\x7f", "\\u007f") for t in choice)
 

@@ -40,10 +40,11 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an encoder says of a text: its `vector` [D]; with a head, the `logits` of its classes ([C], or [T, C] for
-    every token)."""
+    """What an encoder says of a text of so many `tokens`: its `vector` [D]; with a head, the `logits` of its classes
+    ([C], or [T, C] for every token)."""
 
     vector: np.ndarray
+    tokens: int
     logits: np.ndarray | None = None
 
 
@@ -104,8 +105,9 @@ class FlatWork(VersionedWork):
         per_token, results = self.programs.encoder.head_per_token, []
         for r in range(len(flight.asks)):
             own = slice(batch.ends[r], batch.ends[r + 1]) if per_token else r
-            encoded = Encoded(vectors[r].copy(), None if logits is None else logits[own].copy())
-            results.append(Result(encoded, bytes_copied=TOKEN * len(flight.asks[r].payload.ids)))
+            tokens = len(flight.asks[r].payload.ids)
+            encoded = Encoded(vectors[r].copy(), tokens, None if logits is None else logits[own].copy())
+            results.append(Result(encoded, bytes_copied=TOKEN * tokens))
         return results
 
 

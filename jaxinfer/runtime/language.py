@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import operator
 import os
@@ -167,9 +168,12 @@ class LanguageModel(Living):
                      ) -> np.ndarray:
         """`embed` for asyncio; where the queue is full it raises `Rejected` at once. Cancelling the task cancels the
         requests."""
-        asked, answers = self._ask_to_embed(texts, pooling, options), list[tuple[Answer, Ticket]]()
+        asked = await asyncio.to_thread(self._ask_to_embed, texts, pooling, options)
+        answers: list[tuple[Answer, Ticket]] = []
         try:
-            answers.extend(self._submit(one) for one in asked)
+            for one in asked:
+                answers.append(self._submit(one))
+                await asyncio.sleep(0)  # others have something to do, too
             for answer, _ in answers:
                 await answer
         finally:
@@ -206,6 +210,11 @@ class LanguageModel(Living):
         """What the model is doing, and has done so far."""
         each = [_statistics(shard.engine) for shard in self._front.shards]
         return Statistics(*map(sum, zip(*map(astuple, each), strict=True)))
+
+    @property
+    def max_waiting(self) -> int:
+        """The requests that may wait; more are Rejected."""
+        return sum(shard.engine.queue.max_waiting for shard in self._front.shards)
 
     @property
     def ledger(self) -> Ledger:

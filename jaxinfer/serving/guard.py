@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxinfer.serving.operations import Gone
@@ -51,7 +52,7 @@ class Guard:
                 await self.app(scope, exchange.receive, exchange.send)
             finally:
                 self.site.running -= counted
-        except Gone:
+        except (Gone, ClientDisconnect):
             pass
         except Exception as error:
             await exchange.fail(error)
@@ -174,7 +175,8 @@ class Exchange:
                       "".join(traceback.format_tb(error.__traceback__)))
         if not self.begun:
             fields = self.scope["state"].get("fields", ())  # of the operation that was asked for
-            await response_of(error, fields)(self.scope, self.receive, self.send)
+            flat = self.scope["path"].startswith("/v2")  # whose errors are a text, not OpenAI's object
+            await response_of(error, fields, flat)(self.scope, self.receive, self.send)
 
 
 async def reraise(_: object, error: Exception) -> None:

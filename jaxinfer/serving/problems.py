@@ -92,7 +92,8 @@ def detail_of(error: BaseException, fields: tuple[str, ...] = ()) -> Detail:
     return Detail(str(error), kind, first if first in fields else "model" if code == "model_not_found" else None, code)
 
 
-def response_of(error: BaseException, fields: tuple[str, ...] = ()) -> Response:
-    """The whole answer."""
-    body = msgspec.json.encode(ErrorBody(detail_of(error, fields)))
+def response_of(error: BaseException, fields: tuple[str, ...] = (), flat: bool = False) -> Response:
+    """The whole answer, in OpenAI's JSON or, if it is to be `flat`, in the Open Inference Protocol's."""
+    detail = detail_of(error, fields)
+    body = msgspec.json.encode({"error": detail.message} if flat else ErrorBody(detail))
     return Response(body, status_of(error), headers_of(error), "application/json")

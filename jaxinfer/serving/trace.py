@@ -84,6 +84,7 @@ class Tracing:
                     await send(message)
 
                 await app(scope, receive, watched)
+                trace.status = trace.status or GONE
 
         return traced
 

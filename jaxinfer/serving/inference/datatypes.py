@@ -49,13 +49,13 @@ def from_bytes(what: str, data: memoryview, datatype: Any, shape: list[int]) -> 
     """A tensor that lies in `data`, which it must fill: a view. Texts are copied out."""
     dtype, count = dtype_of(what, datatype), count_of(what, shape)
     if datatype == BYTES:
-        return _shaped(what, _texts(what, data, count), shape)
+        return shaped(what, _texts(what, data, count), shape)
     if len(data) != count * dtype.itemsize:
         raise InvalidRequest(f"{what} has {len(data)} bytes of data; a tensor of {datatype}{list(shape)} has "
                              f"{count * dtype.itemsize}")
     if datatype == "BOOL" and (np.frombuffer(data, np.uint8) > 1).any():
         raise InvalidRequest(f"{what} is BOOL and has bytes that are neither 0 nor 1")
-    return _shaped(what, np.frombuffer(data, dtype), shape)
+    return shaped(what, np.frombuffer(data, dtype), shape)
 
 
 def from_json(what: str, data: Any, datatype: Any, shape: list[int]) -> np.ndarray:
@@ -69,7 +69,7 @@ def from_json(what: str, data: Any, datatype: Any, shape: list[int]) -> np.ndarr
         raise InvalidRequest(f"{what} is {datatype} and has elements of the types {', '.join(odd)}; they must be "
                              f"{' or '.join(sorted(kind.__name__ for kind in wanted))}")
     if datatype == BYTES:
-        return _shaped(what, objects([text.encode("utf-8", "surrogatepass") for text in flat]), shape)
+        return shaped(what, objects([text.encode("utf-8", "surrogatepass") for text in flat]), shape)
     try:
         with np.errstate(all="ignore"):
             array = np.array(flat, np.float64 if float in wanted else dtype)
@@ -78,7 +78,7 @@ def from_json(what: str, data: Any, datatype: Any, shape: list[int]) -> np.ndarr
         raise InvalidRequest(f"{what} has a number that {datatype} cannot hold: {error}") from error
     if float in wanted and (np.isinf(new) & ~np.isinf(array)).any():
         raise InvalidRequest(f"{what} has a number that is too large for {datatype}")
-    return _shaped(what, new, shape)
+    return shaped(what, new, shape)
 
 
 def to_json(rows: Sequence[np.ndarray]) -> list[Any]:
@@ -140,7 +140,7 @@ def _texts(what: str, data: memoryview, count: int) -> np.ndarray:
     return objects(found)
 
 
-def _shaped(what: str, array: np.ndarray, shape: list[int]) -> np.ndarray:
+def shaped(what: str, array: np.ndarray, shape: list[int]) -> np.ndarray:
     try:
         return array.reshape(shape)
     except ValueError as error:  # of no elements, and one axis that no array can have

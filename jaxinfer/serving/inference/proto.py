@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.serving.inference.datatypes import BYTES, count_of, dtype_of, from_bytes, objects, short, to_buffer
+from jaxinfer.serving.inference.datatypes import (
+    BYTES,
+    count_of,
+    dtype_of,
+    from_bytes,
+    objects,
+    shaped,
+    short,
+    to_buffer,
+)
 from jaxinfer.serving.inference.question import Answer, Question, Wanted, options_of, place
 from jaxinfer.serving.inference.regions import PARAMETERS, Regions, memory_of
 from jaxinfer.serving.inference.schema import CLASSES
@@ -82,9 +91,9 @@ def _from_contents(what: str, contents: Any, datatype: str, shape: list[int]) ->
     if len(values) != count:
         raise InvalidRequest(f"{what} has {len(values)} elements; its shape {shape} says {count}")
     if datatype == BYTES:
-        return objects(list(values)).reshape(shape)
+        return shaped(what, objects(list(values)), shape)
     try:
-        return np.array(list(values), dtype).reshape(shape)
+        return shaped(what, np.array(list(values), dtype), shape)
     except OverflowError as error:
         raise InvalidRequest(f"{what} has a number that {datatype} cannot hold: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import anyio.to_thread
@@ -13,6 +13,7 @@ import numpy as np
 from jaxinfer import events
 from jaxinfer.errors import Closed, InvalidRequest, ModelNotFound, RequestFailed, StepFailed
 from jaxinfer.runtime.registry import ModelVersion
+from jaxinfer.serving.aside import begun_aside
 from jaxinfer.serving.inference.datatypes import short
 from jaxinfer.serving.inference.models import OPEN, Face, Rows, Tensor, columns_of, face_of, requests_of
 from jaxinfer.serving.openai.models import find as find_handle
@@ -46,9 +47,11 @@ class Question:
     options: dict[str, Any] = field(default_factory=dict)
     copied: int = 0
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays.values())
+        """Of texts their own."""
+        size = lambda array: sum(map(len, array.flat)) if array.dtype == object else array.nbytes
+        return sum(map(size, self.arrays.values()))
 
 
 class Output(NamedTuple):
@@ -109,8 +112,8 @@ def options_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidRequest(f"parameters are unknown: {short(unknown)}; those of a request are priority and timeout "
                              "(in microseconds), over HTTP also binary_data_output")
     options = {name: parameters[name] for name in ("priority", "timeout") if name in parameters}
-    if any(type(value) is not int for value in options.values()):
-        raise InvalidRequest(f"parameters are {short(options)}; priority and timeout must be integers")
+    if any(type(value) is not int or abs(value) >= 2**63 for value in options.values()):
+        raise InvalidRequest(f"parameters are {short(options)}; priority and timeout must be integers of 64 bits")
     if timeout := options.pop("timeout", 0):
         options["timeout"] = timeout / MICROSECONDS
     return options
@@ -137,7 +140,7 @@ async def _ask(version: ModelVersion, face: Face, question: Question) -> Answer:
             or any(OPEN in tensor.shape[face.batched:] for tensor in face.inputs))  # the first of its sizes costs one
     prepare = partial(_queue, version.model, face, question)
     for _ in range(ATTEMPTS):
-        replies = await anyio.to_thread.run_sync(prepare) if slow else prepare()
+        replies = await begun_aside(prepare, _withdraw) if slow else prepare()
         try:
             results = [reply.result() if reply.done() else await reply for reply in replies]
         except StepFailed:
@@ -145,8 +148,7 @@ async def _ask(version: ModelVersion, face: Face, question: Question) -> Answer:
             await anyio.to_thread.run_sync(face.check, row)
             raise
         finally:
-            for reply in replies:
-                reply.cancel()
+            _withdraw(replies)
         numbers = {reply.version for reply in replies}
         if len(numbers) == 1:
             break
@@ -169,6 +171,11 @@ def _queue(model: Any, face: Face, question: Question) -> list[Any]:
     """In the event loop where that is sure to be quick."""
     _check_wanted(face, question.wanted)
     return model.submit_all(requests_of(face, question.arrays, model.max_waiting), **question.options)
+
+
+def _withdraw(replies: Sequence[Any]) -> None:
+    for reply in replies:
+        reply.cancel()
 
 
 def _check_wanted(face: Face, wanted: Sequence[Wanted]) -> None:

@@ -53,8 +53,9 @@ class Regions:
         _check_sizes(name, offset, byte_size)
         try:
             opened = os.open(HOME / file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise InvalidRequest(f"region {name}: shared memory {key} cannot be opened: {error.strerror}") from error
+        except (OSError, UnicodeEncodeError) as error:
+            why = getattr(error, "strerror", "its name is no Unicode")
+            raise InvalidRequest(f"region {name}: shared memory {short(key)} cannot be opened: {why}") from error
         try:
             _check_end(name, opened, offset + byte_size)
             memory = mmap.mmap(opened, offset + byte_size)

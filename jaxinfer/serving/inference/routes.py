@@ -163,7 +163,7 @@ async def _body(request: Request, header: int) -> tuple[memoryview, int]:
     """The body, and how many bytes of it were copied here. One that comes in pieces is written into memory in which
     what follows the header begins at a 64-byte boundary: a device can read the first tensor where it lies."""
     said = request.headers.get("content-length", "")
-    if not said.isdigit():
+    if not said.isdigit() or "transfer-encoding" in request.headers:  # which decides the length, whatever is said
         body = await request.body()
         return memoryview(body), len(body)
     size, at = int(said), 0
@@ -176,7 +176,7 @@ async def _body(request: Request, header: int) -> tuple[memoryview, int]:
             room = aligned((before + size,), np.uint8)[before:]
         room[at: at + len(piece)] = np.frombuffer(piece, np.uint8)
         at += len(piece)
-    return memoryview(b"" if room is None else room), at
+    return memoryview(b"" if room is None else room[:at]), at
 
 
 async def _object(request: Request) -> Mapping[str, Any]:

@@ -104,7 +104,8 @@ class Service:
         await self._guarded("ModelStreamInfer", self._enter)(None, context)
         async for request in requests:
             try:
-                with self._counted(), self._traced("ModelStreamInfer", context):
+                with self._traced("ModelStreamInfer", context), self._counted():
+                    self._check(_metadata(context))
                     answered = await self.infer(request, context)
                 yield write_streamed(answered)
             except Exception as error:

@@ -7,6 +7,8 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 
+from anyio import to_thread
+
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.request import Logprob, Output, Request
 from jaxinfer.runtime.language import LanguageModel
@@ -36,8 +38,10 @@ class Completions:
             return Events(_chunks(feed, ask, model, about), failed)
         async with feed:
             outputs = await feed.outputs()
-        choices = [_choice(ask, model, output, i * (ask.n or 1) + j) for i, output in enumerate(outputs)
-                   for j, output in enumerate(_samples(output))]
+        told = lambda: [_choice(ask, model, output, i * (ask.n or 1) + j) for i, output in enumerate(outputs)
+                        for j, output in enumerate(_samples(output))]
+        spelt = ask.logprobs is not None or ask.prompt_logprobs is not None  # token by token
+        choices = await to_thread.run_sync(told) if spelt else told()
         return Completion(**about, choices=choices, system_fingerprint=f"v{outputs[0].version}",
                           usage=usage_of(outputs))
 

@@ -72,6 +72,6 @@ def _call(call: Any, where: str) -> Any:
     arguments = function.get("arguments")
     try:
         arguments = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments or {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{where}.function.arguments is no JSON: {error}") from error
     return {**call, "function": {**function, "arguments": arguments}}

@@ -54,7 +54,7 @@ def constraint_of(structure: Structure) -> dict[str, Any]:
 
 
 def _token(key: str) -> int:
-    if not key.isascii() or not key.isdigit():
+    if not key.isascii() or not key.isdigit() or len(key) > 10:
         raise InvalidRequest(f"logit_bias has the key {key!r:.40}; its keys must be token ids")
     return int(key)
 

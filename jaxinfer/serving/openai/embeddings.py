@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Any
 
@@ -10,8 +9,9 @@ import numpy as np
 from anyio import to_thread
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.runtime.encoder import TextEncoder
+from jaxinfer.runtime.encoder import Encoded, TextEncoder
 from jaxinfer.runtime.language import LanguageModel
+from jaxinfer.serving.aside import begun_aside
 from jaxinfer.serving.openai.completions import prompts_of
 from jaxinfer.serving.openai.models import find
 from jaxinfer.serving.openai.wire import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
@@ -29,12 +29,12 @@ class Embedder:
         if isinstance(model, LanguageModel):
             tokens = await to_thread.run_sync(lambda: [model.tokens_of(text) for text in texts])
             vectors = await handle.aembed(tokens, timeout=self.site.settings.request_timeout)
+            count = sum(map(len, tokens))
         elif isinstance(model, TextEncoder):
-            words = [text for text in texts if isinstance(text, str)]
-            if len(words) < len(texts):
+            if not all(isinstance(text, str) for text in texts):
                 raise InvalidRequest(f"input has token ids; {ask.model} takes texts")
-            tokens = await to_thread.run_sync(lambda: [model.tokens_of(text) for text in words])
-            vectors = await self._encode(handle, words)
+            found = await self._encode(handle, texts)
+            vectors, count = np.stack([one.vector for one in found]), sum(one.tokens for one in found)
         else:
             raise Problem(400, f"{ask.model} embeds no texts", "wrong_model", "model")
         if ask.dimensions not in (None, vectors.shape[1]):
@@ -42,17 +42,20 @@ class Embedder:
                                  "cannot be cut")
         write = _base64 if ask.encoding_format == "base64" else np.ndarray.tolist
         data = [Embedding(i, write(vector)) for i, vector in enumerate(vectors)]
-        count = sum(map(len, tokens))
         return Embeddings(data, ask.model, EmbeddingUsage(count, count))
 
-    async def _encode(self, handle: Any, texts: list[Any]) -> np.ndarray:
-        seconds = self.site.settings.request_timeout
-        tasks = [asyncio.ensure_future(handle.asubmit(text, timeout=seconds)) for text in texts]
+    async def _encode(self, handle: Any, texts: list[Any]) -> list[Encoded]:
+        asks, seconds = [((text,), {}) for text in texts], self.site.settings.request_timeout
+        replies = await begun_aside(lambda: handle.submit_all(asks, timeout=seconds), _withdraw)
         try:
-            return np.stack([encoded.vector for encoded in await asyncio.gather(*tasks)])
+            return [await reply for reply in replies]
         finally:
-            for task in tasks:
-                task.cancel()
+            _withdraw(replies)
+
+
+def _withdraw(replies: list[Any]) -> None:
+    for reply in replies:
+        reply.cancel()
 
 
 def _base64(vector: np.ndarray) -> str:

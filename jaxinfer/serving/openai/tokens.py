@@ -18,14 +18,18 @@ class Tokenizing:
 
     async def tokenize(self, ask: TokenizeRequest) -> Tokens:
         _, model = find_language(self.site, ask.model)
-        ids = await to_thread.run_sync(_ids, ask, model)
-        texts = [model.tokenizer.spell(i).decode("utf-8", "replace") for i in ids] if ask.return_token_strs else None
-        return Tokens(len(ids), model.max_context, ids, texts)
+        return await to_thread.run_sync(_tokens, ask, model)
 
     async def detokenize(self, ask: DetokenizeRequest) -> Detokenized:
         _, model = find_language(self.site, ask.model)
         return Detokenized(await to_thread.run_sync(
             lambda: model.tokenizer.decode(ask.tokens, skip_special=False)))
+
+
+def _tokens(ask: TokenizeRequest, model: LanguageModel) -> Tokens:
+    ids = _ids(ask, model)
+    texts = [model.tokenizer.spell(i).decode("utf-8", "replace") for i in ids] if ask.return_token_strs else None
+    return Tokens(len(ids), model.max_context, ids, texts)
 
 
 def _ids(ask: TokenizeRequest, model: LanguageModel) -> list[int]:

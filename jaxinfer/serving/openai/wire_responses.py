@@ -49,6 +49,10 @@ class ResponseRequest(Asked):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    previous_response_id: None = None
+    tools: Annotated[list[Any], Meta(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     min_p: Share | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
