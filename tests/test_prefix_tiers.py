@@ -128,7 +128,8 @@ def kept_places(lm):
 
 
 @pytest.mark.parametrize(("options", "slow"), [
-    (dict(dtype="bfloat16"), True), (dict(kv_cache_dtype="int8"), True), (dict(kv_cache_dtype="fp8"), False)], ids=str)
+    (dict(dtype="bfloat16"), False), (dict(kv_cache_dtype="int8"), True),
+    pytest.param(dict(kv_cache_dtype="fp8"), True, marks=pytest.mark.long)], ids=str)
 def test_a_page_that_comes_back_is_what_it_was_to_the_bit(windowed_path, options, slow):
     """With a window; `slow`: by way of the disk."""
     with alone(windowed_path, prefix_host_memory="4MiB", prefix_disk_memory="4MiB", **options) as lm:
