@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import httpx2
 import pytest
@@ -88,6 +89,28 @@ def raw(server, sent: bytes) -> bytes:
         while chunk := connection.recv(65536):
             received += chunk
         return received
+
+
+@pytest.mark.parametrize("sent", [
+    b"", b"GET /v1/models HTTP/1.1\r\nX: ", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{"])
+def test_a_connection_without_a_request_is_closed_however_slowly_bytes_come(sent, double):
+    with ji.serve(double, port=0, keep_alive=0.5, api_keys=["k"]) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=0.05) as connection, suppress(ConnectionError):
+            connection.sendall(sent)
+            for _ in range(200):
+                with suppress(TimeoutError):
+                    if not connection.recv(65536):
+                        return
+                connection.sendall(b"x" * bool(sent))
+            pytest.fail("it was not closed")
+
+
+def test_a_request_may_take_longer_than_a_connection_without_one(double):
+    with ji.serve(double, port=0, keep_alive=0.1, body_timeout=0.5) as server:
+        head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        assert b" 408 " in raw(server, head)
 
 
 @pytest.mark.parametrize("body, kind, status, code", [

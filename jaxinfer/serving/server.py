@@ -101,9 +101,9 @@ class Server:
         settings = self.settings
         config = uvicorn.Config(
             app, lifespan=lifespan, log_config=None, access_log=False, server_header=False, ws="none", http=Protocol,
-            timeout_keep_alive=int(settings.keep_alive), timeout_graceful_shutdown=LAST,
-            h11_max_incomplete_event_size=settings.max_head, ssl_certfile=settings.certificate,
-            ssl_keyfile=settings.private_key)
+            timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
+            timeout_graceful_shutdown=LAST, h11_max_incomplete_event_size=settings.max_head,
+            ssl_certfile=settings.certificate, ssl_keyfile=settings.private_key)
         try:
             config.load()
         except (ssl.SSLError, OSError) as error:

@@ -27,7 +27,8 @@ class Settings:
 
     Limits: bytes of a body (`max_body`) and of all headers (`max_head`); seconds for a body to come (`body_timeout`),
     for a request to be answered (`request_timeout`), that one who reads slowly may take nothing (`stall_timeout`), that
-    an idle connection stays (`keep_alive`), and that what runs may go on for once the server is told to stop (`grace`).
+    a connection stays on which nothing is answered and no request's whole head comes (`keep_alive`), and that what runs
+    may go on for once the server is told to stop (`grace`).
 
     Watching: `json_logs` writes a line of JSON on stderr for every request and incident, without prompts and answers;
     `otlp` is the address of an OpenTelemetry collector ("http://127.0.0.1:4318"), to which traces, metrics and logs go

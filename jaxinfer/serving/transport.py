@@ -16,7 +16,10 @@ PATHSEND = "http.response.pathsend"  # the ASGI extension by which Starlette's F
 
 
 class Protocol(H11Protocol):
-    """For uvicorn's `http`."""
+    """For uvicorn's `http`. A connection on which nothing is answered is closed unless the whole head of a request
+    comes within `timeout_keep_alive` seconds, which uvicorn gives only who was answered to send the next byte."""
+
+    _idle: asyncio.TimerHandle | None = None
 
     def __init__(self, config: Config, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
@@ -26,6 +29,27 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app = Sendfile(self.app, transport)  # type: ignore[assignment]
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._watch()
+
+    def _watch(self) -> None:
+        idle = not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete)
+        if idle and self._idle is None:
+            self._idle = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        elif not idle and self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
 
 
 class Hollow:
