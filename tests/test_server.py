@@ -269,6 +269,20 @@ def test_serve_takes_registries_lists_and_sources_and_closes_what_it_loaded(doub
         ji.serve(str(tiny_path), port=0, load=dict(colour="red"))
 
 
+def test_a_server_is_closed_while_a_model_of_its_is_drained(tiny_path):
+    server = ji.serve({"tiny": tiny_path}, port=0, load=dict(max_context=256, max_rows=1))
+    lm = server.registry["tiny"].version.model
+    answers = [lm.submit("x", max_tokens=250, ignore_eos=True) for _ in range(99)]
+    drain = threading.Thread(target=server.registry.unload, args=("tiny",))
+    drain.start()
+    assert eventually(lambda: lm.closed)
+    begun = time.monotonic()
+    server.close(grace=0)
+    assert time.monotonic() - begun < 10 and isinstance(answers[-1].exception(0), ji.JaxinferError)
+    drain.join(10)
+    assert not drain.is_alive() and not [*server.registry]
+
+
 class Command:
     """`jaxinfer serve` in a process of its own."""
 

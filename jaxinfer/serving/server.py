@@ -83,15 +83,23 @@ class Server:
             end = time.monotonic() + (self.settings.grace if grace is None else grace)
             while self.site.running and time.monotonic() < end and not self._hurried:
                 time.sleep(POLL)
-            busy = {name for name, one in tuple(self.site.loading.items()) if one.error is None}
-            for name in self.site.loaded - busy:  # what is being loaded cannot be stopped
-                with suppress(ModelNotFound):
-                    self.registry.unload(name, drain=0)
+            mine = set(self.site.loaded)
+            for version in self.registry.models:
+                if version.name in mine:
+                    version.model.close()
+            forgetting = threading.Thread(target=self._forget, args=(mine,), name="jaxinfer-forget", daemon=True)
+            forgetting.start()
+            forgetting.join(LAST)  # whoever loads another version holds its name, and cannot be stopped
             self.site.loaded.clear()
             for server in self._servers:
                 server.should_exit = True
             if threading.current_thread() is not self._thread:
                 self._thread.join()
+
+    def _forget(self, names: set[str]) -> None:
+        for name in names:
+            with suppress(ModelNotFound):
+                self.registry.unload(name, drain=0)
 
     def hurry(self) -> None:
         """End the grace that `close` gives, from another thread or a signal's handler."""
