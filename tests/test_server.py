@@ -1,5 +1,6 @@
 """A server from outside: keys, limits, TLS, what is logged, how it starts and how it stops."""
 
+import asyncio
 import json
 import logging
 import os
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import httpx2
 import pytest
+from anyio import to_thread
 from starlette.routing import Route
 
 import jaxinfer as ji
@@ -24,6 +27,7 @@ from jaxinfer.serving.openai.wire import ModelList
 from jaxinfer.serving.operations import Events, Operation
 from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Part
+from jaxinfer.serving.threads import OPERATING, WATCHING
 from tests.running import eventually
 from tests.serving import client, events
 
@@ -178,6 +182,44 @@ def test_a_stream_that_nobody_takes_ends_and_is_told_no_error_for_which_it_would
         with socket.create_connection((host, int(port)), timeout=20) as slow:
             slow.sendall(b"GET /streams HTTP/1.1\r\nHost: x\r\n\r\n")
             assert ended.wait(20) and eventually(lambda: not server.site.running) and not failures
+
+
+def test_what_is_quick_does_not_wait_for_what_is_prepared_slowly(tiny_path, monkeypatch):
+    from jaxinfer.runtime.language import LanguageModel
+
+    quick, go, slow = LanguageModel.tokens_of, threading.Event(), []
+
+    def tokens_of(self, prompt):
+        if prompt == "slow":
+            slow.append(prompt)
+            go.wait(60)
+        return quick(self, prompt)
+
+    monkeypatch.setattr(LanguageModel, "tokens_of", tokens_of)
+    with (ji.serve({"tiny": tiny_path}, port=0, load=dict(max_context=128, max_rows=2)) as server,
+          client(server) as http, ThreadPoolExecutor(64) as asking):
+        ask = {"model": "tiny", "prompt": "slow", "max_tokens": 1}
+        answers = [asking.submit(http.post, "/v1/completions", json=ask) for _ in range(64)]
+        try:
+            assert eventually(lambda: len(slow) == 64)
+            assert http.post("/v1/completions", json=ask | {"prompt": "hi"}).status_code == 200
+        finally:
+            go.set()
+        assert {answer.result().status_code for answer in answers} == {200}
+
+
+def test_who_watches_a_server_does_not_wait_for_who_operates_it():
+    async def watch():
+        go = threading.Event()
+        operating = [asyncio.ensure_future(OPERATING.run(go.wait, 60)) for _ in range(99)]
+        try:
+            async with asyncio.timeout(30):
+                assert await WATCHING.run(int, "7") == await to_thread.run_sync(int, "7") == 7
+        finally:
+            go.set()
+            await asyncio.gather(*operating)
+
+    asyncio.run(watch())
 
 
 def test_no_prompt_and_no_key_is_in_the_log(tiny_path, caplog, capfd, monkeypatch):

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
-from anyio import to_thread
 from jax.numpy import floating, issubdtype
 from msgspec import Meta, Struct
 
@@ -28,6 +27,7 @@ from jaxinfer.serving.openai.wire import Asked
 from jaxinfer.serving.operations import Operation
 from jaxinfer.serving.problems import Problem
 from jaxinfer.serving.site import Part, Site, check_options
+from jaxinfer.serving.threads import OPERATING, WATCHING
 
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
 Options = dict[str, str | int | float | bool | dict[str, str | int] | None]
@@ -145,7 +145,7 @@ class Admin:
         now = time.monotonic()
         loading = {name: Loading(now - one.since, None if one.error is None else str(one.error))
                    for name, one in tuple(self.site.loading.items())}
-        models = {name: await to_thread.run_sync(self._info, name) for name in self.registry}
+        models = {name: await WATCHING.run(self._info, name) for name in self.registry}
         return Overview(models, loading, self.site.running, self.site.draining)
 
     def _info(self, name: str) -> ModelInfo:
@@ -212,7 +212,7 @@ class Admin:
 
 async def _apart(act: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """What `act` returns, on a thread. A caller that hangs up does not stop it."""
-    return await to_thread.run_sync(partial(act, *args, **options), abandon_on_cancel=True)
+    return await OPERATING.run(partial(act, *args, **options), abandon=True)
 
 
 def _until(condition: Callable[[], object], end: float) -> None:

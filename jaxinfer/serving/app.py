@@ -9,7 +9,7 @@ from importlib.metadata import version
 from starlette.applications import Starlette
 
 from jaxinfer.runtime.registry import Registry
-from jaxinfer.serving import admin, dashboard, health, logs, metrics, openapi, profiling
+from jaxinfer.serving import admin, dashboard, health, logs, metrics, openapi, profiling, threads
 from jaxinfer.serving.guard import HANDLERS, Guard
 from jaxinfer.serving.inference import part as inference
 from jaxinfer.serving.openai import api as openai
@@ -36,6 +36,7 @@ def public(site: Site, parts: Sequence[Part]) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        threads.prepare_many()
         async with AsyncExitStack() as stack:
             try:
                 for part in parts:

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import anyio
 import msgspec
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -17,6 +16,7 @@ from jaxinfer.serving.metrics import snapshot
 from jaxinfer.serving.profiling import Stages
 from jaxinfer.serving.record import SHOWN, quantile
 from jaxinfer.serving.site import Part, Site
+from jaxinfer.serving.threads import WATCHING
 
 PAGE = Path(__file__).with_name("dashboard.html")
 
@@ -30,7 +30,7 @@ def part(site: Site) -> Part:
         return HTMLResponse(page)
 
     async def data(_: Request) -> Response:
-        body = await anyio.to_thread.run_sync(lambda: msgspec.json.encode(state(site)))
+        body = await WATCHING.run(lambda: msgspec.json.encode(state(site)))
         return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
 
     return Part(routes=[Route("/dashboard", show), Route("/dashboard/data", data)])

@@ -9,7 +9,6 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-import anyio
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -23,6 +22,7 @@ from jaxinfer import events
 from jaxinfer.runtime.language import Statistics
 from jaxinfer.serving.record import Histogram, Record
 from jaxinfer.serving.site import Part, Site
+from jaxinfer.serving.threads import WATCHING
 
 # Ours, vLLM's, and what it is.
 HISTOGRAMS = (
@@ -86,7 +86,7 @@ def part(site: Site) -> Part:
         encode, kind = choose_encoder(request.headers.get("accept", ""))
         if kind.startswith("application/openmetrics-text"):  # the chosen one would turn vLLM's colons into underscores
             encode, kind = partial(openmetrics.generate_latest, escaping=openmetrics.ALLOWUTF8), OPENMETRICS
-        return Response(await anyio.to_thread.run_sync(encode, registry), media_type=kind)
+        return Response(await WATCHING.run(encode, registry), media_type=kind)
 
     @asynccontextmanager
     async def living() -> AsyncIterator[None]:

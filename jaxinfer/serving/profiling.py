@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import anyio
 import jax
 import msgspec
 from starlette.requests import Request
@@ -27,6 +26,7 @@ from jaxinfer.errors import InvalidRequest, Rejected
 from jaxinfer.serving import sampling
 from jaxinfer.serving.record import Record, quantile
 from jaxinfer.serving.site import Part, Site
+from jaxinfer.serving.threads import OPERATING
 
 MOST = 300.0  # seconds of one profile
 BINARY = "application/octet-stream"
@@ -46,7 +46,7 @@ def part(site: Site) -> Part:
         return HTMLResponse(found.flame())
 
     async def heap(_: Request) -> Response:
-        return _file(await anyio.to_thread.run_sync(device_memory), "heap.pb.gz")
+        return _file(await OPERATING.run(device_memory), "heap.pb.gz")
 
     async def xla(request: Request) -> Response:
         return _file(await _taken(partial(xla_trace, seconds(request))), "xla_trace.zip")
@@ -86,7 +86,7 @@ def alone() -> Iterator[None]:
 
 async def _taken(take: Any) -> Any:
     with alone():
-        return await anyio.to_thread.run_sync(take)
+        return await OPERATING.run(take)
 
 
 def device_memory() -> bytes:
