@@ -121,6 +121,15 @@ class Swapped:
 
 
 @dataclass(frozen=True)
+class Retired:
+    """A version of the name `model` was closed and goes: what `served` it, and its `stats` in the end."""
+
+    model: str
+    served: Any
+    stats: Any
+
+
+@dataclass(frozen=True)
 class Stopped:
     """A thread that serves `model` has ended or stands still; `why` says which, `revived` whether another goes on."""
 
@@ -158,8 +167,8 @@ class TensorsServed:
     bytes_copied: int
 
 
-Event = (Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Stepped | Timed | Swapped | Stopped
-          | Retried | TierClosed | TensorsServed)
+Event = (Progress | Compiling | NotStored | Missed | Replicated | RequestEnded | Stepped | Timed | Swapped | Retired
+          | Stopped | Retried | TierClosed | TensorsServed)
 _observers: tuple[Callable[[Event], None], ...] = ()
 _lock = threading.Lock()
 _tag: ContextVar[Any] = ContextVar("jaxinfer-tag", default=None)

@@ -118,6 +118,20 @@ def test_programs_padding_swaps_and_copies_are_told(served):
     assert {"queue", "tokenise", "plan", "pack", "dispatch", "execute", "read back", "commit", "detokenise"} <= stages
 
 
+def test_what_a_version_has_counted_stays_when_it_goes():
+    site, steps = site_of(), 0
+    with TestClient(public(site, [metrics.part(site)])) as client:
+        for more in (3, 2, 4):
+            site.registry.load("f", lambda: ji.endpoint(lambda x: x * 2, example=np.zeros(3, np.float32), max_batch=1))
+            for _ in range(more):
+                site.registry["f"](np.ones(3, np.float32))
+            steps += more
+            assert of(read(client), "jaxinfer_steps_total", "f") == steps
+        site.registry.unload("f")
+        assert of(read(client), "jaxinfer_steps_total", "f") == steps
+        assert of(read(client), "jaxinfer_bytes_in_total", "f") == 12 * steps
+
+
 def test_openmetrics_is_given_to_who_asks_for_it(served):
     _, lm, _, client = served
     lm("ab", max_tokens=2)

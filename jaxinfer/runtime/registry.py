@@ -261,6 +261,7 @@ class Registry:
         if any(v is version for v in shelf.labels.values()):
             return
         version.model.drain(drain)
+        events.emit(events.Retired(version.name, version.model, version.model.stats))
         shelf.ready.pop(version.number, None)
 
     def _load_frugally(self, shelf: _Shelf, name: str, make: Callable[[], Any], label: str, old: ModelVersion,

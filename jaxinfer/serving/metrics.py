@@ -169,10 +169,11 @@ class Metrics(Collector):
 
 
 def snapshot(site: Site, record: Record) -> dict[str, dict[str, float]]:
-    """Gauges and counters of each model by name; versions that are loaded side by side are summed up. What is counted
-    by a version goes with it."""
+    """Gauges and counters of each model by name; versions that are loaded side by side are summed up, and what has gone
+    is counted on."""
     found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for version in site.registry.models:
+    versions = site.registry.models
+    for version in versions:
         numbers, stats = found[version.name], version.model.stats
         entries = list(version.model.ledger)
         done, padding = sum(entry.tokens for entry in entries), sum(entry.padding for entry in entries)
@@ -182,14 +183,12 @@ def snapshot(site: Site, record: Record) -> dict[str, dict[str, float]]:
         numbers["requests_waiting"] += stats.waiting
         if isinstance(stats, Statistics):
             for name, value in (("requests_running", stats.running), ("waiting_tokens", stats.waiting_tokens),
-                                ("pages", stats.pages), ("pages_free", stats.pages_free), ("steps", stats.steps),
-                                ("pages_kept", stats.pages_kept), ("preemptions", stats.preempted)):
+                                ("pages", stats.pages), ("pages_free", stats.pages_free),
+                                ("pages_kept", stats.pages_kept)):
                 numbers[name] += value
             numbers["page_use_ratio"] = max(numbers["page_use_ratio"], stats.pages_used / max(stats.pages, 1))
-        else:
-            numbers["steps"] += stats.batches
-            numbers["bytes_in"] += stats.bytes_in
-            numbers["bytes_copied"] += stats.bytes_copied
+    for name, counted in record.counted(versions).items():
+        found[name].update(counted)
     for name, seen in tuple(record.models.items()):
         totals = seen.totals
         found[name].update(prompt_tokens=totals["prompt"], generated_tokens=totals["generated"],

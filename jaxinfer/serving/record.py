@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from jaxinfer import events
+from jaxinfer.runtime.language import Statistics
+from jaxinfer.runtime.registry import ModelVersion
 
 LAST = 2048  # of each stage's durations
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -68,6 +72,7 @@ class ModelRecord:
         self.histograms = {name: Histogram(bounds) for name, bounds in BOUNDS.items()}
         self.reasons: Counter[str] = Counter()  # how requests ended
         self.totals: Counter[str] = Counter()
+        self.retired: Counter[str] = Counter()  # what versions counted that have gone
         self.last = {name: deque[float](maxlen=LAST) for name in SHOWN}
 
     def add(self, name: str, *values: float) -> None:
@@ -89,6 +94,7 @@ class Record:
         self.compiles: dict[str, Stage] = {origin: Stage() for origin in COMPILES}
         self.totals: Counter[str] = Counter()
         self.since = time.time()
+        self._gone: weakref.WeakSet[Any] = weakref.WeakSet()  # and what served them
         self._lock = threading.Lock()
 
     def __call__(self, event: events.Event) -> None:
@@ -111,6 +117,9 @@ class Record:
                     self.totals["retries"] += 1
                 case events.Swapped(model):
                     self.models[model].totals["swaps"] += 1
+                case events.Retired(model, served, stats):
+                    self.models[model].retired.update(_counted(stats))
+                    self._gone.add(served)
                 case events.Stopped(model, _, revived):
                     self.models[model].totals["revived" if revived else "lost"] += 1
 
@@ -146,10 +155,26 @@ class Record:
             add("prefill_seconds", first - marks.began)
             add("decode_seconds", last - first)
 
+    def counted(self, versions: Iterable[ModelVersion]) -> dict[str, Counter[str]]:
+        """What all versions of each name have counted: these, and those that have gone."""
+        told = [(version, _counted(version.model.stats)) for version in versions]
+        with self._lock:
+            found = {name: Counter(record.retired) for name, record in self.models.items()}
+            for version, counts in told:
+                if version.model not in self._gone:
+                    found.setdefault(version.name, Counter()).update(counts)
+        return found
+
     def slowest(self) -> list[tuple[str, Stage]]:
         """The stages, the one that took the most time in all first."""
         with self._lock:
             return sorted(self.stages.items(), key=lambda item: -item[1].seconds)
+
+
+def _counted(stats: Any) -> dict[str, int]:
+    if isinstance(stats, Statistics):
+        return {"steps": stats.steps, "preemptions": stats.preempted}
+    return {"steps": stats.batches, "bytes_in": stats.bytes_in, "bytes_copied": stats.bytes_copied}
 
 
 def gaps(times: Iterable[float]) -> list[float]:
