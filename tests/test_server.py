@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -264,7 +265,11 @@ def test_tls_by_configuration(double, tmp_path):
 @pytest.mark.parametrize("wrong", [
     {"port": -1}, {"port": "80"}, {"port": None}, {"admin_port": 70000}, {"max_body": 0}, {"grace": -1},
     {"request_timeout": True}, {"api_keys": ("",)}, {"api_keys": "abc"}, {"admin_port": 0}, {"admin_token": "t"},
-    {"certificate": "no.pem"}, {"certificate": "no.pem", "private_key": "no.pem"}], ids=str)
+    {"certificate": "no.pem"}, {"certificate": "no.pem", "private_key": "no.pem"}, {"certificate": 5, "private_key": 5},
+    {"host": 5}, {"admin_host": ""}, {"shared_memory": "false"}, {"json_logs": 1}, {"max_body": 1.5},
+    {"max_head": True}, {"keep_alive": math.nan}, {"stall_timeout": math.inf}, {"grace": math.inf},
+    {"body_timeout": "1"}, {"grpc_port": True}, {"api_keys": iter(["k"])}, {"api_keys": [5]},
+    {"admin_token": 5, "admin_port": 0}], ids=str)
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(InvalidOption, match=next(iter(wrong))):
         Settings(**wrong)

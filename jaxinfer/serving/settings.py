@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from urllib.parse import urlsplit
 
 from jaxinfer.errors import InvalidOption
 
-POSITIVE = ("max_body", "max_head", "request_timeout", "body_timeout", "stall_timeout", "keep_alive")
+TIMES = ("request_timeout", "body_timeout", "stall_timeout", "keep_alive")
+LONGEST = 1e6  # seconds: in milliseconds they are a C int
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,16 @@ class Settings:
         for name in ("port", "admin_port", "grpc_port"):
             _check(name, value := getattr(self, name), (value is None and name != "port")
                    or (type(value) is int and 0 <= value < 65536), "a port from 0 (any free one) to 65535")
-        for name in POSITIVE:
-            _check(name, value := getattr(self, name), type(value) in (int, float) and value > 0, "a number > 0")
-        _check("grace", self.grace, type(self.grace) in (int, float) and self.grace >= 0, "seconds >= 0")
-        if isinstance(self.api_keys, str) or not all(isinstance(key, str) and _is_token(key) for key in self.api_keys):
+        for name in ("host", "admin_host"):
+            _check(name, value := getattr(self, name), isinstance(value, str) and value != "", "a name or an address")
+        for name in ("max_body", "max_head"):
+            _check(name, value := getattr(self, name), type(value) is int and value > 0, "a number of bytes > 0")
+        for name in TIMES:
+            _check(name, value := getattr(self, name), _is_time(value) and value > 0, f"seconds > 0, up to {LONGEST:g}")
+        _check("grace", self.grace, _is_time(self.grace), f"seconds from 0 to {LONGEST:g}")
+        for name in ("shared_memory", "json_logs"):
+            _check(name, value := getattr(self, name), type(value) is bool, "True or False")
+        if not isinstance(self.api_keys, tuple | list) or not all(map(_is_token, self.api_keys)):
             raise InvalidOption("api_keys must be texts of printable ASCII characters without blanks")
         if (self.admin_port is None) != (self.admin_token is None):
             raise InvalidOption("admin_port and admin_token go together: give both, or neither")
@@ -70,19 +78,22 @@ class Settings:
             raise InvalidOption("admin_token must be a text of printable ASCII characters without blanks")
         if (self.certificate is None) != (self.private_key is None):
             raise InvalidOption("certificate and private_key go together: give both for TLS, or neither")
-        _check("json_logs", self.json_logs, type(self.json_logs) is bool, "True or False")
         if self.otlp is not None:
             address = urlsplit(self.otlp) if isinstance(self.otlp, str) else None
             right = address is not None and address.scheme in ("http", "https") and bool(address.netloc)
             _check("otlp", self.otlp, right, "the address of a collector, such as http://127.0.0.1:4318")
         for name in ("certificate", "private_key"):
             file = getattr(self, name)
-            if file is not None and not Path(file).is_file():
+            if file is not None and not (isinstance(file, str | os.PathLike) and Path(file).is_file()):
                 raise InvalidOption(f"{name} is {str(file)!r}, which is no file")
 
 
-def _is_token(text: str) -> bool:
-    return bool(text) and all("!" <= char <= "~" for char in text)
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LONGEST
+
+
+def _is_token(text: Any) -> bool:
+    return isinstance(text, str) and text != "" and all("!" <= char <= "~" for char in text)
 
 
 def _check(name: str, value: Any, right: bool, wanted: str) -> None:

@@ -27,6 +27,7 @@ OPEN = {"ServerLive", "ServerReady"}  # no key is asked for, and they are answer
 CODES = {400: grpc.StatusCode.INVALID_ARGUMENT, 401: grpc.StatusCode.UNAUTHENTICATED,
          404: grpc.StatusCode.NOT_FOUND, 429: grpc.StatusCode.RESOURCE_EXHAUSTED, 503: grpc.StatusCode.UNAVAILABLE,
          504: grpc.StatusCode.DEADLINE_EXCEEDED}
+MOST = 2**31 - 1  # bytes that gRPC can be told to take
 log = logging.getLogger("jaxinfer.serving")
 
 
@@ -35,8 +36,8 @@ async def served(site: Site, regions: Regions | None) -> AsyncIterator[None]:
     """Listens on the settings' `grpc_port`; what runs at the end has the settings' grace. `site.grpc_port` is the port
     that it got."""
     settings = site.settings
-    limits = [("grpc.max_receive_message_length", settings.max_body), ("grpc.max_send_message_length", -1),
-              ("grpc.max_metadata_size", settings.max_head), ("grpc.so_reuseport", 0)]
+    limits = [("grpc.max_receive_message_length", min(settings.max_body, MOST)), ("grpc.max_send_message_length", -1),
+              ("grpc.max_metadata_size", min(settings.max_head, MOST)), ("grpc.so_reuseport", 0)]
     server = grpc.aio.server(options=limits)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, Service(site, regions).handlers())])
     address = f"{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.grpc_port}"
