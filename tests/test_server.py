@@ -241,6 +241,16 @@ def test_no_prompt_and_no_key_is_in_the_log(tiny_path, caplog, capfd, monkeypatc
     assert "SECRET" not in told and "RuntimeError" in told and "completions.py" in told
 
 
+def test_a_path_makes_no_lines_of_the_log(double, monkeypatch, caplog):
+    async def broken(request):
+        raise RuntimeError
+
+    monkeypatch.setattr(app, "PARTS", (*app.PARTS, lambda _: Part(routes=[Route("/broken/{path}", broken)])))
+    with ji.serve(double, port=0) as server, client(server) as http:
+        assert http.get("/broken/a%0AERROR all is lost").status_code == 500
+    assert "GET /broken/a%0AERROR%20all%20is%20lost [" in caplog.text
+
+
 # --- TLS ---
 
 

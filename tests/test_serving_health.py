@@ -1,6 +1,8 @@
 """Probes say whether the server lives, has started and can serve, and why not."""
 
+import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -54,6 +56,36 @@ def test_readiness_is_of_each_model_with_reasons_and_progress(served):
     assert not ok and body["models"]["other"] == {"ready": False,
                                                  "reason": "it could not be loaded: it needs 3 GiB"}
     assert asked(client, "/startupz")[0], "nothing is coming any more"
+
+
+def test_progress_of_a_load_that_failed_is_none_of_the_next(served):
+    site, _, client = served
+    events.emit(events.Progress("download", "half of it", 30, 100))
+    site.loading["next"] = Loading(time.monotonic())
+    assert asked(client, "/readyz")[1]["models"]["next"]["progress"] == []
+
+
+def test_a_model_is_being_loaded_until_the_last_of_its_loads_ends(served):
+    site, _, _ = served
+    begun, go = threading.Event(), [threading.Event(), threading.Event()]
+
+    def make(i):
+        begun.set()
+        go[i].wait(60)
+        return ji.endpoint(lambda x: x + 1, example=0.0, max_batch=1)
+
+    loads = [threading.Thread(target=site.load, args=("twice", partial(make, i))) for i in range(2)]
+    loads[0].start()
+    assert begun.wait(30)
+    first = site.loading["twice"]
+    loads[1].start()
+    assert eventually(lambda: site.loading["twice"] is not first)
+    go[0].set()
+    loads[0].join()
+    assert "twice" in site.loading
+    go[1].set()
+    loads[1].join()
+    assert "twice" not in site.loading
 
 
 def test_a_model_is_ready_with_its_first_programs_and_tells_how_many_there_are(served):

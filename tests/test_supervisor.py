@@ -104,6 +104,16 @@ def test_a_thread_stands_still_after_ten_times_what_is_usual_and_five_seconds_at
     assert len(thread.revived) == 2
 
 
+def test_a_thread_is_supervised_until_the_last_of_its_supervisors_ends(watched):
+    thread, model, watching, _ = watched
+    other = Supervisor(lambda: [("model", model)])
+    other.look()
+    watching.close()
+    assert thread.supervised
+    other.close()
+    assert not thread.supervised
+
+
 def test_what_is_not_known_gets_a_minute(watched):
     thread, _, _, look = watched
     thread.pulse, thread.takes = object(), None

@@ -56,7 +56,7 @@ class Supervisor:
         if self._thread is not None:
             self._thread.join()
         for heart in self._watches:
-            heart.supervise(False)
+            _supervise(heart, -1)
 
     def trouble(self, model: Living) -> str | None:
         """Why a model cannot serve now; None if it can."""
@@ -92,7 +92,7 @@ class Supervisor:
         watch = self._watches.get(heart)
         if watch is None:
             watch = self._watches[heart] = Watch()
-            heart.supervise(True)
+            _supervise(heart, 1)
         if watch.hopeless:
             return
         pulse, alive = heart.pulse, heart.alive
@@ -127,6 +127,14 @@ class Supervisor:
 
 
 DEAD = "a thread that serves it has ended"
+_supervisors: weakref.WeakKeyDictionary[Heart, int] = weakref.WeakKeyDictionary()  # of servers on one registry, say
+_lock = threading.Lock()
+
+
+def _supervise(heart: Heart, more: int) -> None:
+    with _lock:
+        _supervisors[heart] = _supervisors.get(heart, 0) + more
+        heart.supervise(_supervisors[heart] > 0)
 
 
 def patience(usual: float | None) -> float:

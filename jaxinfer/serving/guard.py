@@ -10,6 +10,7 @@ import re
 import traceback
 import uuid
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -104,6 +105,11 @@ class Exchange:
     def header(self, name: bytes) -> bytes:
         return next((value for key, value in self.scope["headers"] if key == name), b"")
 
+    @property
+    def path(self) -> str:
+        """As it was asked for: decoded, one could make lines of the log."""
+        return quote(self.scope["path"])
+
     def too_large(self) -> Problem:
         return Problem(413, f"the body is too large; at most {self.settings.max_body:,} bytes are taken",
                        "body_too_large", headers={"Connection": "close"})
@@ -143,7 +149,7 @@ class Exchange:
             if not self._stalled:
                 raise
             task.uncancel()
-            log.info("%s %s: the client took nothing for %g s", self.scope["method"], self.scope["path"],
+            log.info("%s %s: the client took nothing for %g s", self.scope["method"], self.path,
                      self.settings.stall_timeout)
             raise Stalled() from None
         finally:
@@ -171,7 +177,7 @@ class Exchange:
         """Answer with the error, unless an answer has begun; what nobody raised on purpose goes into the log, with
         where it happened but without its message, which may quote the request."""
         if status_of(error) == 500:
-            log.error("%s %s [%s]: %s\n%s", self.scope["method"], self.scope["path"], self.id, type(error).__name__,
+            log.error("%s %s [%s]: %s\n%s", self.scope["method"], self.path, self.id, type(error).__name__,
                       "".join(traceback.format_tb(error.__traceback__)))
         if not self.begun:
             fields = self.scope["state"].get("fields", ())  # of the operation that was asked for

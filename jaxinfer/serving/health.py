@@ -47,7 +47,7 @@ class Health:
     def __init__(self, site: Site):
         self.site = site
         self.supervisor = Supervisor(lambda: [(version.name, version.model) for version in site.registry.models])
-        self.progress: dict[tuple[str, str], events.Progress] = {}  # of downloads and loads that go on
+        self.progress: dict[tuple[str, str], tuple[float, events.Progress]] = {}  # when it came; of what is not done
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -61,7 +61,7 @@ class Health:
     def observe(self, event: events.Event) -> None:
         if isinstance(event, events.Progress):
             if event.done < event.total:
-                self.progress[event.what, event.name] = event
+                self.progress[event.what, event.name] = time.monotonic(), event
             else:
                 self.progress.pop((event.what, event.name), None)
 
@@ -113,7 +113,8 @@ class Health:
             return {"ready": False, "reason": f"it could not be loaded: {loading.error}"}
         seconds = {} if loading is None else {"seconds": round(time.monotonic() - loading.since, 1)}
         progress = [{"what": p.what, "name": p.name, "done": p.done, "total": p.total}
-                    for p in tuple(self.progress.values())]
+                    for at, p in tuple(self.progress.values())
+                    if loading is None or at >= loading.since]  # else it is of one that has failed
         return {"ready": False, "reason": "it is being loaded", **seconds, "progress": progress}
 
 

@@ -54,11 +54,16 @@ class Site:
         except BaseException as error:
             entry.error = error
             if name in tuple(self.registry):  # the version that was there serves on
-                self.loading.pop(name, None)
+                self._come(name, entry)
             raise
         self.loaded.add(name)
-        self.loading.pop(name, None)
+        self._come(name, entry)
         return number
+
+    def _come(self, name: str, entry: Loading) -> None:
+        """There is a version now; another may still be loaded."""
+        if (found := self.loading.get(name)) is entry or (found is not None and found.error is not None):
+            self.loading.pop(name, None)
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
