@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import tempfile
 import threading
 import zipfile
 
@@ -154,7 +155,8 @@ def test_the_heap_is_what_the_device_holds(client):
     assert max(values[at] for values in stacks.values()) >= held.nbytes
 
 
-def test_an_xla_trace_is_a_zip_that_perfetto_opens(client):
+def test_an_xla_trace_is_a_zip_that_perfetto_opens(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     stop = threading.Event()
 
     def work():
@@ -168,6 +170,7 @@ def test_an_xla_trace_is_a_zip_that_perfetto_opens(client):
     finally:
         stop.set()
         thread.join()
+    assert 'filename="xla_trace.zip"' in reply.headers["content-disposition"] and not [*tmp_path.iterdir()]
     archive = zipfile.ZipFile(io.BytesIO(reply.content))
     (name,) = (name for name in archive.namelist() if name.endswith("perfetto_trace.json.gz"))
     told = json.loads(gzip.decompress(archive.read(name)))

@@ -6,7 +6,8 @@ import socket
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection, IncompleteRead
 
 import pytest
 
@@ -64,6 +65,25 @@ def test_who_hangs_up_in_the_middle_of_a_file_harms_nobody(tmp_path, caplog):
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
             assert int(response.headers["Content-Length"]) == 2**28
     assert not caplog.records, "nor is it a failure for the log"
+
+
+def test_a_file_that_is_cut_off_while_it_is_sent_ends_its_connection_and_an_empty_one_does_not(tmp_path, monkeypatch):
+    path, real = tmp_path / "artifact", os.sendfile
+    path.write_bytes(LARGE)
+
+    def cut(out, file, offset, count):
+        sent = real(out, file, offset, 1000)
+        os.truncate(path, 1000)
+        return sent
+
+    monkeypatch.setattr(os, "sendfile", cut)
+    with listening(Starlette(routes=[Route("/", lambda request: FileResponse(path))])) as url:
+        with closing(HTTPConnection(url.removeprefix("http://"), timeout=4)) as kept:  # an idle one is closed after 5 s
+            kept.request("GET", "/")
+            with pytest.raises((IncompleteRead, ConnectionError)):
+                kept.getresponse().read()
+        path.write_bytes(b"")
+        assert urllib.request.urlopen(url, timeout=20).read() == b""
 
 
 def test_a_file_may_take_longer_than_a_reader_may_take_nothing(tmp_path):

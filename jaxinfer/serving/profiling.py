@@ -3,7 +3,6 @@ slow."""
 
 from __future__ import annotations
 
-import io
 import tempfile
 import threading
 import time
@@ -18,8 +17,9 @@ from typing import Any
 import jax
 import msgspec
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from jaxinfer.compiler.ledger import Table
 from jaxinfer.errors import InvalidRequest, Rejected
@@ -48,17 +48,15 @@ def part(site: Site) -> Part:
     async def heap(_: Request) -> Response:
         return _file(await OPERATING.run(device_memory), "heap.pb.gz")
 
-    async def xla(request: Request) -> Response:
-        return _file(await _taken(partial(xla_trace, seconds(request))), "xla_trace.zip")
-
     async def stages(request: Request) -> Response:
         found = Stages(site.record)
         if "application/json" in request.headers.get("accept", ""):
             return Response(msgspec.json.encode(found.numbers()), media_type="application/json")
         return HTMLResponse(f"<!doctype html><title>jaxinfer: stages</title>{found._repr_html_()}")
 
-    return Part(admin=[Route("/debug/pprof/profile", cpu), Route("/debug/pprof/heap", heap), Route("/debug/xla", xla),
-                       Route("/debug/flame", flame), Route("/debug/stages", stages)])
+    return Part(admin=[Route("/debug/pprof/profile", cpu), Route("/debug/pprof/heap", heap),
+                       Route("/debug/xla", Traced(), methods=["GET"]), Route("/debug/flame", flame),
+                       Route("/debug/stages", stages)])
 
 
 def seconds(request: Request) -> float:
@@ -94,17 +92,25 @@ def device_memory() -> bytes:
     return jax.profiler.device_memory_profile()
 
 
-def xla_trace(seconds: float) -> bytes:
-    """What the host and the device did for so long, as a zip of what JAX's profiler writes."""
+class Traced:
+    """An XLA trace as an ASGI application: it may be large, and lies on the disk until it has been sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with tempfile.TemporaryDirectory(prefix="jaxinfer-trace-") as folder:
+            packed = Path(folder, "xla_trace.zip")
+            await _taken(partial(xla_trace, seconds(Request(scope)), packed))
+            await FileResponse(packed, media_type=BINARY, filename=packed.name)(scope, receive, send)
+
+
+def xla_trace(seconds: float, packed: Path) -> None:
+    """Write what the host and the device do for so long, as a zip of what JAX's profiler writes."""
     with tempfile.TemporaryDirectory(prefix="jaxinfer-trace-") as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             time.sleep(seconds)
-        packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w") as archive:
             for file in sorted(Path(folder).rglob("*")):
                 if file.is_file():
                     archive.write(file, file.relative_to(folder))
-        return packed.getvalue()
 
 
 @dataclass(repr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -93,10 +94,11 @@ class Sendfile:
         with open(message["path"], "rb") as file:
             size = os.fstat(file.fileno()).st_size
             await send({"type": "http.response.body", "body": Hollow(size), "more_body": True})
-            if not self.transport.is_closing():
-                try:
-                    await asyncio.get_running_loop().sendfile(self.transport, file, 0, size)
-                except ConnectionError:  # whoever asked has hung up
+            if size and not self.transport.is_closing():
+                sent = 0
+                with suppress(ConnectionError):  # whoever asked has hung up
+                    sent = await asyncio.get_running_loop().sendfile(self.transport, file, 0, size)
+                if sent < size:  # or the file was cut off: a connection that ends says that there should be more
                     self.transport.abort()
                     await asyncio.sleep(0)  # in which the connection hears of it
         await send({"type": "http.response.body", "body": b"", "more_body": False})
