@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -742,6 +743,20 @@ def test_keys_are_asked_for_over_grpc_too(registry):
             live = channel.unary_unary(f"/{SERVICE}/ServerLive")
             assert live(b"", timeout=20)
         assert web.get("/v2/models/mlp/ready").status_code == 401
+
+
+def test_what_runs_over_grpc_has_no_more_grace_than_the_server_is_closed_with():
+    held = Held()
+    with held.endpoint() as f:
+        server = ji.serve({"held": f}, port=0, grpc_port=0, grace=60)
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            ask = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            running = ask.future(grpc_request("held", {"0": np.zeros((1, 2), np.float32)}).SerializeToString())
+            assert held.running.wait(10)
+            begun = time.monotonic()
+            server.close(grace=0)
+            assert time.monotonic() - begun < 20 and running.exception(20) is not None
+        held.go.set()
 
 
 def test_a_port_that_is_taken_is_said(registry):

@@ -84,7 +84,7 @@ class Server:
             end = time.monotonic() + (self.settings.grace if grace is None else grace)
             while self.site.running and time.monotonic() < end and not self._hurried:
                 time.sleep(POLL)
-            mine = set(self.site.loaded)
+            self.site.over, mine = True, set(self.site.loaded)
             for version in self.registry.models:
                 if version.name in mine:
                     version.model.close()

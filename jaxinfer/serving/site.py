@@ -39,6 +39,7 @@ class Site:
     loading: dict[str, Loading] = field(default_factory=dict)
     draining: bool = False
     running: int = 0
+    over: bool = False  # whether what runs has had its grace
     grpc_port: int | None = None  # that gRPC listens on
     failure: BaseException | None = None  # why the server could not start
     loaded: set[str] = field(default_factory=set)  # names whose models are the server's own, to be closed with it

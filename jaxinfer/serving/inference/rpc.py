@@ -33,8 +33,8 @@ log = logging.getLogger("jaxinfer.serving")
 
 @asynccontextmanager
 async def served(site: Site, regions: Regions | None) -> AsyncIterator[None]:
-    """Listens on the settings' `grpc_port`; what runs at the end has the settings' grace. `site.grpc_port` is the port
-    that it got."""
+    """Listens on the settings' `grpc_port`; what runs at the end has the settings' grace, unless it has had that.
+    `site.grpc_port` is the port that it got."""
     settings = site.settings
     limits = [("grpc.max_receive_message_length", min(settings.max_body, MOST)), ("grpc.max_send_message_length", -1),
               ("grpc.max_metadata_size", min(settings.max_head, MOST)), ("grpc.so_reuseport", 0)]
@@ -53,7 +53,8 @@ async def served(site: Site, regions: Regions | None) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await server.stop(settings.grace if site.running else 0)  # a stream that asks nothing holds nobody up
+        grace = settings.grace if site.running and not site.over else 0  # a stream that asks nothing holds nobody up
+        await server.stop(grace)
 
 
 class Service:
