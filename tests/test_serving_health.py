@@ -15,6 +15,7 @@ from jaxinfer.errors import OutOfMemory
 from jaxinfer.runtime import supervisor
 from jaxinfer.serving import health
 from jaxinfer.serving.app import public
+from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Loading
 from tests.running import blocked, eventually
 from tests.watching import site_of
@@ -63,6 +64,17 @@ def test_progress_of_a_load_that_failed_is_none_of_the_next(served):
     events.emit(events.Progress("download", "half of it", 30, 100))
     site.loading["next"] = Loading(time.monotonic())
     assert asked(client, "/readyz")[1]["models"]["next"]["progress"] == []
+
+
+def test_where_keys_are_needed_a_probe_tells_no_message():
+    with ji.endpoint(lambda x: x + 1, example=0.0, max_batch=1) as f:
+        site = site_of(Settings(api_keys=("key",)), f=f)
+        f.coming = SimpleNamespace(ended=1.0, failed={"apply[B=2]": "OSError: /home/me is full"}, ready=1, total=2)
+        site.loading["other"] = Loading(time.monotonic(), OutOfMemory("/home/me/model needs 3 GiB"))
+        with TestClient(public(site, [health.part(site)])) as client:
+            models = asked(client, "/readyz")[1]["models"]
+    assert models["other"] == {"ready": False, "reason": "it could not be loaded: OutOfMemory"}
+    assert models["f"]["programs"]["failed"] == {"apply[B=2]": "OSError"}
 
 
 def test_a_model_is_being_loaded_until_the_last_of_its_loads_ends(served):

@@ -97,9 +97,14 @@ class Health:
         if stable is not None:
             trouble = self.supervisor.trouble(stable.model) or ("it is closed" if stable.model.closed else None)
             return {"ready": trouble is None, "version": stable.number, **({"reason": trouble} if trouble else {}),
-                    **_coming(stable.model.coming)}
+                    **self._coming(stable.model.coming)}
         return self._loading(name) if name in (*self.site.loading, *self.site.registry) else {
             "ready": False, "reason": "there is no such model"}
+
+    def _told(self, kind: str, message: str) -> str:
+        """What whoever asks may know of an error. A probe needs no key: where all else does, a message, with its paths
+        and addresses, is for the log and the administration."""
+        return kind if self.site.settings.api_keys else message
 
     def _labels(self, name: str) -> dict[str, int]:
         try:
@@ -110,20 +115,20 @@ class Health:
     def _loading(self, name: str) -> dict[str, Any]:
         loading = self.site.loading.get(name)
         if loading is not None and loading.error is not None:
-            return {"ready": False, "reason": f"it could not be loaded: {loading.error}"}
+            why = self._told(type(loading.error).__name__, str(loading.error))
+            return {"ready": False, "reason": f"it could not be loaded: {why}"}
         seconds = {} if loading is None else {"seconds": round(time.monotonic() - loading.since, 1)}
         progress = [{"what": p.what, "name": p.name, "done": p.done, "total": p.total}
                     for at, p in tuple(self.progress.values())
                     if loading is None or at >= loading.since]  # else it is of one that has failed
         return {"ready": False, "reason": "it is being loaded", **seconds, "progress": progress}
 
-
-def _coming(coming: Coming | None) -> dict[str, Any]:
-    """How far a model that serves already is with the rest of its programs, and what went wrong with them."""
-    if coming is None or (coming.ended and not coming.failed):
-        return {}
-    failed = {"failed": dict(coming.failed)} if coming.failed else {}
-    return {"programs": {"ready": coming.ready, "total": coming.total, **failed}}
+    def _coming(self, coming: Coming | None) -> dict[str, Any]:
+        """How far a model that serves already is with the rest of its programs, and what went wrong with them."""
+        if coming is None or (coming.ended and not coming.failed):
+            return {}
+        failed = {name: self._told(why.partition(":")[0], why) for name, why in tuple(coming.failed.items())}
+        return {"programs": {"ready": coming.ready, "total": coming.total, **({"failed": failed} if failed else {})}}
 
 
 async def _answer(probe: Any, request: Request) -> Response:
