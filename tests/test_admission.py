@@ -53,6 +53,17 @@ def test_one_request_too_many_is_rejected_at_once_with_the_queue_and_when_to_try
     assert len(lm("x", max_tokens=1).tokens) == 1, "there is room again"
 
 
+def test_that_there_is_no_room_is_told_before_a_prompt_is_read(lm):
+    with endings() as ended, blocked(lm):
+        answers = [lm.submit("x", max_tokens=1) for _ in range(WAITING - 1)]
+        lm.check_room()
+        answers.append(lm.submit("x", max_tokens=1))
+        with pytest.raises(Rejected, match="4 requests of 4 tokens wait, and max_waiting=4") as caught:
+            lm.check_room()
+        assert caught.value.retry_after > 0 and [e.reason for e in ended] == ["rejected"]
+    assert [len(answer.result(30).tokens) for answer in answers] == [1] * WAITING
+
+
 def test_too_many_waiting_tokens_are_rejected_too(lm):
     with blocked(lm):
         answers = [lm.submit([7] * 60, max_tokens=1)]

@@ -17,29 +17,28 @@ FILES = Path("/proc/self/fd")
 
 
 @pytest.mark.usefixtures("in_haste")
-def test_of_two_hundred_streams_the_accepted_complete_and_the_others_get_429_at_once(tiny_path):
+def test_of_two_hundred_streams_the_accepted_complete_and_the_others_get_429_at_once_and_are_not_read(tiny_path):
     ask = lambda i: {"model": "tiny", "messages": [{"role": "user", "content": f"number {i}"}], "max_tokens": NEW,
                      "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-    replies = []
     with ji.load(tiny_path, max_context=128, max_rows=4, max_waiting=WAITING) as lm:
         lm.warmup = lambda: None  # only what is asked for is compiled
         lm("x", max_tokens=2)
         with ji.serve({"tiny": lm}, port=0) as server:
-            files = len(os.listdir(FILES)) if FILES.exists() else 0
-            url, requests = f"{server.url}/v1/chat/completions", [(i / STREAMS, ask(i)) for i in range(STREAMS)]
-            client = threading.Thread(target=lambda: replies.extend(offer(url, requests, 60)))
-            with blocked(lm):  # all come while nothing goes on
-                client.start()
-                refused = lambda: sum(one.reasons["rejected"] for one in server.site.record.models.values())
-                assert eventually(lambda: lm.stats.waiting == server.site.running == WAITING
-                                  and refused() == STREAMS - WAITING, 60)
-            client.join()
+            files, taken = len(os.listdir(FILES)) if FILES.exists() else 0, []
+            url, requests = f"{server.url}/v1/chat/completions", [(0.0, ask(i)) for i in range(STREAMS)]
+            first = threading.Thread(target=lambda: taken.extend(offer(url, requests[:WAITING], 60)))
+            with blocked(lm):  # while nothing goes on
+                first.start()
+                assert eventually(lambda: lm.stats.waiting == WAITING, 60)
+                read = server.site.record.stages["tokenise"].count
+                refused = offer(url, requests[WAITING:], 60)
+                assert server.site.record.stages["tokenise"].count == read == WAITING
+                assert sum(record.reasons["rejected"] for record in server.site.record.models.values()) == len(refused)
+            first.join()
             assert eventually(lambda: all_free(lm) and not server.site.running)
             assert eventually(lambda: not FILES.exists() or len(os.listdir(FILES)) <= files + 2), "files stay open"
-    taken, refused = ([reply for reply in replies if reply.status == status] for status in (200, 429))
-    assert (len(taken), len(refused)) == (WAITING, STREAMS - WAITING)
-    assert all(reply.whole and reply.tokens == NEW for reply in taken)
-    assert all(int(reply.retry_after) >= 1 and not reply.times for reply in refused)
+    assert len(taken) == WAITING and all(reply.status == 200 and reply.whole and reply.tokens == NEW for reply in taken)
+    assert {reply.status for reply in refused} == {429} and all(int(reply.retry_after) >= 1 for reply in refused)
 
 
 def test_a_server_may_have_more_open_files_than_a_shell_gives_it():

@@ -40,6 +40,12 @@ class Admission:
             self._queued.update(tokens)
             self.waiting, self.waiting_tokens = self.waiting + count, self.waiting_tokens + total
 
+    def check_room(self) -> None:
+        """Raises Rejected if a request would be, however small."""
+        with self._room:
+            if self._line or not self._has_room(1, 1):
+                raise self._rejected(1, 1)
+
     def leave(self, ids: Iterable[int]) -> None:
         """These wait no longer; who left before is no matter."""
         now = time.perf_counter()

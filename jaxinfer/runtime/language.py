@@ -104,6 +104,19 @@ class LanguageModel(Living):
         """Queue a request and return at once: the `Answer` is a future, an iterator and an awaitable of its pieces."""
         return self._submit(self._ask(prompt, sampling, options), on_piece)[0]
 
+    def check_room(self) -> None:
+        """Raises `Rejected` if `submit` would, whatever it was asked: a server that is flooded need not read prompts
+        that it has no room for."""
+        full: Rejected | None = None
+        for shard in self._front.shards:
+            try:
+                return shard.engine.queue.check_room()
+            except Rejected as error:
+                full = error
+        assert full is not None
+        events.emit(events.RequestEnded(next(self._ids), "rejected", 0, 0, self._delivery.model, tag=events.tag()))
+        raise full
+
     def __call__(self, prompt: Ask, sampling: Sampling | None = None, **options: Any) -> Output:
         """The whole answer to one prompt."""
         answer = self.submit(prompt, sampling, **options)

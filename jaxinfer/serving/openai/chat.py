@@ -49,6 +49,7 @@ class Chats:
 
     async def create(self, ask: ChatRequest) -> Chat | Events:
         handle, model = find_language(self.site, ask.model)
+        model.check_room()
         request, style = await to_thread.run_sync(self._request, ask, model)
         feed = Feed(handle, [request], pieces=bool(ask.stream))
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": ask.model}

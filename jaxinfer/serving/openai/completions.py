@@ -31,6 +31,7 @@ class Completions:
 
     async def create(self, ask: CompletionRequest) -> Completion | Events:
         handle, model = find_language(self.site, ask.model)
+        model.check_room()
         requests = self._requests(ask)
         feed = Feed(handle, requests, pieces=bool(ask.stream))
         about = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": ask.model}

@@ -44,6 +44,7 @@ class Responses:
 
     async def create(self, ask: ResponseRequest) -> Response | Events:
         handle, model = find_language(self.site, ask.model)
+        model.check_room()
         request = await to_thread.run_sync(self._request, ask, model)
         feed = Feed(handle, [request], pieces=bool(ask.stream))
         if ask.stream:
