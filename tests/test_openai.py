@@ -395,6 +395,7 @@ def test_who_hangs_up_while_a_prompt_is_tokenized_asks_for_nothing_more(http, lm
 
 def test_more_prompts_than_may_wait_are_refused_for_good(http):
     post(http, "/v1/completions", ASK | {"prompt": ["Hello"] * 9}, 400)
+    post(http, "/v1/embeddings", {"model": "tiny", "input": ["Hello"] * 9}, 400)
 
 
 @pytest.mark.parametrize("path, body", [

@@ -26,6 +26,8 @@ class Embedder:
     async def create(self, ask: EmbeddingRequest) -> Embeddings:
         handle = find(self.site, ask.model)
         model, texts = handle.version.model, prompts_of(ask.input, "input")
+        if isinstance(model, LanguageModel | TextEncoder) and len(texts) > model.max_waiting:  # never let in
+            raise InvalidRequest(f"input has {len(texts)} texts; at most {model.max_waiting} can wait")
         if isinstance(model, LanguageModel):
             tokens = await to_thread.run_sync(lambda: [model.tokens_of(text) for text in texts])
             vectors = await handle.aembed(tokens, timeout=self.site.settings.request_timeout)
