@@ -641,7 +641,7 @@ def test_lengths_that_lie_are_refused(web, size, header, data, message):
 
 def test_a_model_that_is_being_loaded_is_told_from_one_that_is_not_there(registry):
     with client(registry) as web:
-        web.site.loading["late"] = Loading(0.0)
+        web.site.asked, web.site.loading["late"] = frozenset({"late"}), Loading(0.0)
         ready, asked = web.get("/v2/models/late/ready"), infer(web, "late", {"inputs": [GOOD]}, version="1")
         assert ready.status_code == asked.status_code == 503 and "being loaded" in asked.json()["error"]
         assert int(asked.headers["Retry-After"]) > 0 and web.get("/v2/health/ready").status_code == 503

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 import jaxinfer as ji
 from jaxinfer import events
-from jaxinfer.errors import OutOfMemory
+from jaxinfer.errors import ModelNotFound, OutOfMemory
 from jaxinfer.runtime import supervisor
 from jaxinfer.serving import health
 from jaxinfer.serving.app import public
@@ -42,6 +42,8 @@ def asked(client, path):
 def test_readiness_is_of_each_model_with_reasons_and_progress(served):
     site, _, client = served
     assert asked(client, "/readyz") == (True, {"ok": True, "models": {"tiny": {"ready": True, "version": 1}}})
+    site.asked = frozenset({"tiny", "other"})
+    assert not asked(client, "/startupz")[0], "nothing has begun to load it"
     site.loading["other"] = Loading(time.monotonic() - 3)
     events.emit(events.Progress("load", "somewhere/other", 30, 100))
     ok, body = asked(client, "/readyz")
@@ -57,6 +59,17 @@ def test_readiness_is_of_each_model_with_reasons_and_progress(served):
     assert not ok and body["models"]["other"] == {"ready": False,
                                                  "reason": "it could not be loaded: it needs 3 GiB"}
     assert asked(client, "/startupz")[0], "nothing is coming any more"
+
+
+def test_what_is_asked_for_later_leaves_the_server_ready(served):
+    site, _, client = served
+    with pytest.raises(ModelNotFound):
+        site.load("typo", lambda: ji.load("no-such-model"))
+    ok, body = asked(client, "/readyz")
+    assert ok and "could not be loaded" in body["models"]["typo"]["reason"] and asked(client, "/startupz")[0]
+    assert not asked(client, "/readyz?model=typo")[0]
+    site.registry.load("new", lambda: ji.endpoint(lambda x: x + 1, example=0.0, max_batch=1), label="canary")
+    assert asked(client, "/readyz")[0] and asked(client, "/readyz?model=new")[0], "it has no stable version"
 
 
 def test_progress_of_a_load_that_failed_is_none_of_the_next(served):

@@ -163,6 +163,10 @@ class Admin:
                                    drain=ask.drain))
 
     async def unload(self, ask: UnloadRequest, model: str) -> Done:
+        if (failed := self.site.loading.get(model)) is not None and failed.error is not None:
+            del self.site.loading[model]  # it is not asked for any more
+            if model not in self.registry:
+                return Done()
         await _apart(self.registry.unload, model, ask.version, ask.drain)
         return Done()
 

@@ -27,6 +27,7 @@ def serve(models: Sequence[str], settings: Settings, options: dict[str, Any], sa
     server = Server(Registry(), settings)
     others = {"gRPC": server.grpc_address, "the administration": server.admin_url}
     say(f"listening on {server.url}" + "".join(f", for {what} on {where}" for what, where in others.items() if where))
+    server.site.asked = frozenset(named)
     ready, heard = list[str](), list[int]()
     loader = threading.Thread(target=_load, args=(server, named, options, say, ready), name="jaxinfer-load",
                               daemon=True)

@@ -27,6 +27,7 @@ def part(site: Site) -> Part:
     """`/livez`, `/startupz`, `/readyz` and `/health` (vLLM's name), with reasons as JSON; `?model=NAME` asks for one.
     While the server lives its models' threads are supervised."""
     health = Health(site)
+    site.ready = lambda model: health.ready(model).ok
     routes = [Route(path, partial(_answer, probe)) for path, probe in (
         ("/livez", health.lives), ("/startupz", health.started), ("/readyz", health.ready), ("/health", health.ready))]
     return Part(routes=routes, living=health.watched)
@@ -78,27 +79,33 @@ class Health:
 
     def started(self, _: str | None = None) -> State:
         """Yes once every model that was asked for at the start is there, or has failed for good."""
-        coming = {name: self._loading(name) for name, loading in self.site.loading.items() if loading.error is None}
+        site = self.site
+        failed = [name for name, loading in tuple(site.loading.items()) if loading.error is not None]
+        coming = {name: self._loading(name) for name in sorted(site.asked.difference(site.registry, failed))}
         return State(not coming, coming)
 
     def ready(self, model: str | None = None) -> State:
-        """Yes if `model` (None: each one that was asked for) can serve now."""
-        names = dict.fromkeys([*self.site.loading, *self.site.registry]) if model is None else [model]
+        """Yes if `model` can serve now; None: if each one can that was asked for at the start, or is there."""
+        site = self.site
+        names = dict.fromkeys([*site.asked, *site.loading, *site.registry]) if model is None else [model]
         models = {name: self._model(name) for name in names}
         if self.site.draining:
             return State(False, models, "the server is stopping")
         if not models:
             return State(False, models, "no model is loaded")
-        return State(all(found["ready"] for found in models.values()), models)
+        wanted = {*site.asked, *site.registry} if model is None else {model}
+        return State(all(found["ready"] for name, found in models.items() if name in wanted), models)
 
     def _model(self, name: str) -> dict[str, Any]:
-        stable = next((v for v in self.site.registry.models
-                       if v.name == name and v.number == self._labels(name).get(STABLE)), None)
-        if stable is not None:
-            trouble = self.supervisor.trouble(stable.model) or ("it is closed" if stable.model.closed else None)
-            return {"ready": trouble is None, "version": stable.number, **({"reason": trouble} if trouble else {}),
-                    **self._coming(stable.model.coming)}
-        return self._loading(name) if name in (*self.site.loading, *self.site.registry) else {
+        labels = self._labels(name)
+        number = labels.get(STABLE, max(labels.values(), default=None))  # without a stable one, the latest
+        version = next((v for v in self.site.registry.models if v.name == name and v.number == number), None)
+        if version is not None:
+            model = version.model
+            trouble = self.supervisor.trouble(model) or ("it is closed" if model.closed else None)
+            return {"ready": trouble is None, "version": version.number, **({"reason": trouble} if trouble else {}),
+                    **self._coming(model.coming)}
+        return self._loading(name) if name in (*self.site.asked, *self.site.loading, *self.site.registry) else {
             "ready": False, "reason": "there is no such model"}
 
     def _told(self, kind: str, message: str) -> str:

@@ -32,11 +32,14 @@ class Loading:
 @dataclass
 class Site:
     """One server: its models, its settings, what is being loaded (by name), how many requests are `running`, and
-    whether it takes no more of them (`draining`)."""
+    whether it takes no more of them (`draining`). It is ready without models that nobody `asked` for at its start, as
+    long as they are not there."""
 
     registry: Registry
     settings: Settings
+    asked: frozenset[str] = frozenset()
     loading: dict[str, Loading] = field(default_factory=dict)
+    ready: Callable[[str | None], bool] = lambda _: True  # whether a model, or the whole, can serve: health knows
     draining: bool = False
     running: int = 0
     over: bool = False  # whether what runs has had its grace

@@ -7,6 +7,8 @@ from typing import Any
 
 import anyio.to_thread
 
+from jaxinfer.errors import ModelNotFound
+from jaxinfer.serving.inference.datatypes import short
 from jaxinfer.serving.inference.models import Face, Tensor, face_of
 from jaxinfer.serving.inference.question import find
 from jaxinfer.serving.inference.regions import Region
@@ -37,14 +39,16 @@ def _told(site: Site, name: str, face: Face) -> dict[str, Any]:
 
 def is_ready(site: Site) -> bool:
     """Whether everything that was asked for is there, and requests are taken."""
-    return not site.draining and not site.loading and all(is_model_ready(site, name) for name in site.registry)
+    return site.ready(None)
 
 
 def is_model_ready(site: Site, name: str, version: str = "") -> bool:
     """Raises ModelNotFound for one that is neither there nor coming."""
-    if name in site.loading and name not in site.registry:
-        return False
-    return not site.draining and not find(site, name, version).model.closed
+    if version and name in site.registry:
+        return not site.draining and not find(site, name, version).model.closed
+    if name not in site.registry and name not in site.asked | site.loading.keys():
+        raise ModelNotFound(f"there is no model {short(name)}")
+    return site.ready(name)
 
 
 def repository(site: Site) -> list[dict[str, str]]:
