@@ -70,6 +70,20 @@ def test_keys_open_the_door_and_probes_need_none(double):
             assert http.get("/v1/models", headers={"Authorization": "Basic first"}).status_code == 401
 
 
+def test_pages_of_the_origins_that_are_allowed_may_ask_from_a_browser(double):
+    asks = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type"}
+    how = {"api_keys": ("sesame",), "allow_origins": ("https://chat.example",)}
+    with ji.serve({"double": double}, port=0, **how) as server, client(server, "sesame") as http:
+        allowed = http.options("/v1/chat/completions", headers=asks)
+        assert allowed.status_code == 200 and "authorization" in allowed.headers["access-control-allow-headers"]
+        assert http.options("/v1/chat/completions", headers=asks | {"Origin": "https://other"}).status_code == 400
+        told = http.get("/v1/models", headers={"Origin": "https://chat.example"})
+        assert told.status_code == 200 and told.headers["access-control-allow-origin"] == "https://chat.example"
+    with ji.serve({"double": double}, port=0) as server, client(server) as http:
+        assert "access-control-allow-origin" not in http.get("/v1/models", headers={"Origin": "https://other"}).headers
+
+
 def test_bodies_are_limited_in_bytes_and_seconds(double):
     with ji.serve(double, port=0, max_body=1000, body_timeout=0.3, max_head=4096) as server, client(server) as http:
         large = b'{"model": "' + b"x" * 1000 + b'"}'
@@ -279,7 +293,7 @@ def test_tls_by_configuration(double, tmp_path):
     {"host": 5}, {"admin_host": ""}, {"shared_memory": "false"}, {"json_logs": 1}, {"max_body": 1.5},
     {"max_head": True}, {"keep_alive": math.nan}, {"stall_timeout": math.inf}, {"grace": math.inf},
     {"body_timeout": "1"}, {"grpc_port": True}, {"api_keys": iter(["k"])}, {"api_keys": [5]},
-    {"admin_token": 5, "admin_port": 0}], ids=str)
+    {"admin_token": 5, "admin_port": 0}, {"allow_origins": "*"}, {"allow_origins": ("chat",)}], ids=str)
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(InvalidOption, match=next(iter(wrong))):
         Settings(**wrong)

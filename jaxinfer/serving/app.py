@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 
 from jaxinfer.runtime.registry import Registry
 from jaxinfer.serving import admin, dashboard, health, logs, metrics, openapi, profiling, threads
@@ -56,6 +57,9 @@ def public(site: Site, parts: Sequence[Part]) -> Starlette:
     for part in reversed(parts):
         if part.around is not None:
             app.add_middleware(part.around)  # type: ignore[arg-type]
+    if origins := site.settings.allow_origins:  # outermost: a browser asks without a key whether it may ask
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"],
+                           expose_headers=["x-request-id", "retry-after"])
     return app
 
 

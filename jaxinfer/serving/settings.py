@@ -25,7 +25,8 @@ class Settings:
     `shared_memory`: clients of this machine may have tensors read from shared memory, and written to it. Whoever may
     ask may then name any that this process may open, and stops the process by cutting off what is in use.
 
-    Asking: any of `api_keys` as "Authorization: Bearer ..." (empty: nobody is asked for one).
+    Asking: any of `api_keys` as "Authorization: Bearer ..." (empty: nobody is asked for one). Pages of `allow_origins`
+    ("https://chat.example", or "*" for any) may ask from within a browser; by themselves browsers allow none.
 
     Limits: bytes of a body (`max_body`) and of all headers (`max_head`); seconds for a body to come (`body_timeout`),
     for a request to be answered (`request_timeout`), that one who reads slowly may take nothing (`stall_timeout`), that
@@ -47,6 +48,7 @@ class Settings:
     certificate: Path | None = None
     private_key: Path | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allow_origins: tuple[str, ...] = ()
     max_body: int = 16 << 20
     max_head: int = 64 << 10
     body_timeout: float = 30.0
@@ -72,6 +74,9 @@ class Settings:
             _check(name, value := getattr(self, name), type(value) is bool, "True or False")
         if not isinstance(self.api_keys, tuple | list) or not all(map(_is_token, self.api_keys)):
             raise InvalidOption("api_keys must be texts of printable ASCII characters without blanks")
+        if not isinstance(self.allow_origins, tuple | list) or not all(map(_is_origin, self.allow_origins)):
+            raise InvalidOption(f"allow_origins is {self.allow_origins!r}; it must be \"*\" or origins such as "
+                                "https://chat.example, in a tuple")
         if (self.admin_port is None) != (self.admin_token is None):
             raise InvalidOption("admin_port and admin_token go together: give both, or neither")
         if self.admin_token is not None and not _is_token(self.admin_token):
@@ -90,6 +95,13 @@ class Settings:
 
 def _is_time(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= LONGEST
+
+
+def _is_origin(text: Any) -> bool:
+    if not isinstance(text, str):
+        return False
+    parts = urlsplit(text)
+    return text == "*" or (parts.scheme in ("http", "https") and bool(parts.netloc) and not any(parts[2:]))
 
 
 def _is_token(text: Any) -> bool:
