@@ -184,7 +184,7 @@ def serve(
         api_keys=tuple(_secret(api_keys, "JAXINFER_API_KEYS").split()), certificate=certificate,
         private_key=private_key, max_body=max_body, request_timeout=request_timeout, grace=grace))
     with shown():
-        sys.exit(serve(models, settings, options, lambda text: typer.echo(text, err=True)))
+        sys.exit(serve(models, settings, options, _say))
 
 
 @app.command()
@@ -396,6 +396,12 @@ def _echo_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _say(text: str) -> None:
+    """Tell whoever watches a server. If nobody can read it, since the disk of the log is full, say, it is served on."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def _complain(error: JaxinferError) -> None:

@@ -1,10 +1,16 @@
 """What tests of the server share: a client that speaks HTTP as anybody's does, and streams taken apart."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+import weakref
 from collections.abc import Iterator
 
 import httpx2
 
+PROGRAM = [sys.executable, "-c", "from jaxinfer.cli import main; main()"]
 TOOLS_TEMPLATE = """{% if tools %}<|user|>Tools, as <tool_call> {{ tools | tojson }}</s>{% endif %}\
 {% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}\
 {{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}</s>{% endfor %}<|assistant|>"""
@@ -43,3 +49,27 @@ def chunks(http: httpx2.Client, path: str, body: dict) -> list[dict]:
         found = [data for name, data in events(response)]
     assert found[-1] == "[DONE]" and found.count("[DONE]") == 1
     return [json.loads(data) for data in found[:-1]]
+
+
+class Command:
+    """`jaxinfer serve` in a process of its own, which is killed if a test leaves it. A `log` takes what it says
+    instead of the test."""
+
+    def __init__(self, *args, port=0, log=None, **env):
+        self.process = subprocess.Popen([*PROGRAM, "serve", "--port", str(port), *args], stderr=log or subprocess.PIPE,
+                                        text=True, env=os.environ | env)
+        weakref.finalize(self, self.process.kill)
+        self.said, self.url = "", f"http://127.0.0.1:{port}"
+        if log is None:
+            self.url = self.wait_for(r"listening on (http://\S+?)[,\n]")[1]
+
+    def wait_for(self, pattern):
+        while not (found := re.search(pattern, self.said)):
+            line = self.process.stderr.readline()
+            assert line, f"{pattern!r} never came: {self.said}"
+            self.said += line
+        return found
+
+    def end(self):
+        self.said += self.process.communicate(timeout=60)[1] or ""
+        return self.process.returncode

@@ -4,13 +4,11 @@ import asyncio
 import json
 import logging
 import math
-import os
 import re
 import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +28,8 @@ from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Part
 from jaxinfer.serving.threads import OPERATING, WATCHING
 from tests.running import eventually
-from tests.serving import client, events
+from tests.serving import Command, client, events
 
-PROGRAM = [sys.executable, "-c", "from jaxinfer.cli import main; main()"]
 TINY = ["--max-context", "256", "--max-rows", "1"]
 
 
@@ -352,27 +349,6 @@ def test_a_server_is_closed_while_a_model_of_its_is_drained(tiny_path):
     assert time.monotonic() - begun < 10 and isinstance(answers[-1].exception(0), ji.JaxinferError)
     drain.join(10)
     assert not drain.is_alive() and not [*server.registry]
-
-
-class Command:
-    """`jaxinfer serve` in a process of its own."""
-
-    def __init__(self, *args, **env):
-        self.process = subprocess.Popen([*PROGRAM, "serve", "--port", "0", *args], stderr=subprocess.PIPE, text=True,
-                                        env=os.environ | env)
-        self.said = ""
-        self.url = self.wait_for(r"listening on (http://\S+?)[,\n]")[1]
-
-    def wait_for(self, pattern):
-        while not (found := re.search(pattern, self.said)):
-            line = self.process.stderr.readline()
-            assert line, f"{pattern!r} never came: {self.said}"
-            self.said += line
-        return found
-
-    def end(self):
-        self.said += self.process.communicate(timeout=60)[1]
-        return self.process.returncode
 
 
 def test_sigterm_under_load_ends_what_runs_and_refuses_what_comes(tiny_path):

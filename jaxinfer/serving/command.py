@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from jaxinfer import events
 from jaxinfer.errors import InvalidOption, JaxinferError
 from jaxinfer.runtime.registry import Registry
 from jaxinfer.serving.server import Server, named_models
@@ -85,10 +86,12 @@ def _load(server: Server, named: dict[str, str], options: dict[str, Any], say: C
         start = time.monotonic()
         try:
             server.load(name, source, **options)
-        except JaxinferError as error:
+        except Exception as error:  # whatever is wrong with it, the others are loaded
+            if not isinstance(error, JaxinferError):
+                events.report()
             say(f"error: {name} could not be loaded: {error}")
         else:
             ready.append(name)
-            coming = server.registry[name].coming
+            coming = next((version.model.coming for version in server.registry.models if version.name == name), None)
             more = f"; {coming.total - coming.ready} more programs come in the background" if coming else ""
             say(f"{name} is ready, after {time.monotonic() - start:.1f} s{more}")

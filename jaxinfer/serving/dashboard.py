@@ -50,7 +50,7 @@ def state(site: Site) -> dict[str, Any]:
     versions = [_version(version) for version in site.registry.models]
     loading = {name: str(found.error) if found.error else f"for {time.monotonic() - found.since:.0f} s"
                for name, found in site.loading.items()}
-    return {"time": time.time(), "since": record.since, "models": models, "versions": versions, "loading": loading,
+    return {"time": time.monotonic(), "since": record.since, "models": models, "versions": versions, "loading": loading,
             "stages": Stages(record).numbers()}
 
 

@@ -79,7 +79,7 @@ class Exporter:
             state = TraceState.from_header([trace.state]) if trace.state else None
             parent = _context(trace.parent.trace_id, trace.parent.span_id, trace.parent.sampled, state, remote=True)
         trace.span = self._tracer.start_span(f"{trace.method} {trace.path}", parent, SpanKind.SERVER, {
-            "http.request.method": trace.method, "url.path": trace.path})
+            "http.request.method": trace.method, "url.path": trace.path}, start_time=trace.began_ns)
         found = trace.span.get_span_context()
         trace.trace_id, trace.span_id = f"{found.trace_id:032x}", f"{found.span_id:016x}"
 
@@ -87,7 +87,7 @@ class Exporter:
         trace.span.set_attribute("http.response.status_code", trace.status)
         if trace.status >= 500:
             trace.span.set_status(StatusCode.ERROR)
-        trace.span.end()
+        trace.span.end(trace.began_ns + int((time.perf_counter() - trace.began) * 1e9))  # the clock may have been set
 
     # What it asked of a model.
 

@@ -93,7 +93,7 @@ class Record:
         self.stages: dict[str, Stage] = defaultdict(Stage)
         self.compiles: dict[str, Stage] = {origin: Stage() for origin in COMPILES}
         self.totals: Counter[str] = Counter()
-        self.since = time.time()
+        self.since = time.monotonic()
         self._gone: weakref.WeakSet[Any] = weakref.WeakSet()  # and what served them
         self._lock = threading.Lock()
 

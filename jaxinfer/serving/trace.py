@@ -62,6 +62,7 @@ class Trace:
     state: str | None = None  # the header `tracestate`
     status: int = 0
     began: float = field(default_factory=time.perf_counter)
+    began_ns: int = field(default_factory=time.time_ns)  # the same, for who is shown it
     span: Any = None
 
 
