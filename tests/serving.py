@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import httpx2
 
-PROGRAM = [sys.executable, "-c", "from jaxinfer.cli import main; main()"]
 TOOLS_TEMPLATE = """{% if tools %}<|user|>Tools, as <tool_call> {{ tools | tojson }}</s>{% endif %}\
 {% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}\
 {{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}</s>{% endfor %}<|assistant|>"""
@@ -53,10 +52,11 @@ def chunks(http: httpx2.Client, path: str, body: dict) -> list[dict]:
 
 class Command:
     """`jaxinfer serve` in a process of its own, which is killed if a test leaves it. A `log` takes what it says
-    instead of the test."""
+    instead of the test; `first` is what it does before."""
 
-    def __init__(self, *args, port=0, log=None, **env):
-        self.process = subprocess.Popen([*PROGRAM, "serve", "--port", str(port), *args], stderr=log or subprocess.PIPE,
+    def __init__(self, *args, port=0, log=None, first="", **env):
+        program = [sys.executable, "-c", f"{first}\nfrom jaxinfer.cli import main; main()"]
+        self.process = subprocess.Popen([*program, "serve", "--port", str(port), *args], stderr=log or subprocess.PIPE,
                                         text=True, env=os.environ | env)
         weakref.finalize(self, self.process.kill)
         self.said, self.url = "", f"http://127.0.0.1:{port}"

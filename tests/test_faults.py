@@ -154,9 +154,16 @@ def test_a_full_disk_behind_the_log_fails_no_request(lm, monkeypatch):
         monkeypatch.undo()
 
 
-def test_the_command_serves_with_a_log_that_takes_nothing(tiny_path):
+ENDLESS = """import time
+from jaxinfer.compiler.executables import Executables
+lower = Executables.lower
+Executables.lower = lambda self, key: (key.kind == "logprobs" and time.sleep(1000)) or lower(self, key)"""
+
+
+def test_the_command_serves_with_a_log_that_takes_nothing_and_ends_in_the_middle_of_a_compile(tiny_path):
     with full_disk() as full:
-        server = Command(f"tiny={tiny_path}", "--max-context", "256", "--max-rows", "1", port=free_port(), log=full)
+        server = Command(f"tiny={tiny_path}", "--max-context", "256", "--max-rows", "1", port=free_port(), log=full,
+                         first=ENDLESS)
     with client(server.url) as http:
         assert eventually(lambda: ready(http), seconds=120)
         assert http.post("/v1/completions", json=ASK).status_code == 200

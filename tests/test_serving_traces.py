@@ -6,9 +6,11 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import opentelemetry.sdk.trace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,6 +112,24 @@ def spans(received):
 
 def attributes(item):
     return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in item.attributes}
+
+
+@pytest.mark.parametrize("jump", [86400, -86400])
+def test_a_span_is_as_long_as_it_took_though_the_clock_is_set(jump, monkeypatch):
+    real = time.time_ns
+
+    async def set_the_clock(_: Request) -> JSONResponse:
+        for where in (time, opentelemetry.sdk.trace):
+            monkeypatch.setattr(where, "time_ns", lambda: real() + jump * 10**9)
+        return JSONResponse({})
+
+    with collector() as (address, received):
+        site = site_of(Settings(otlp=address))
+        app = public(site, [logs.part(site), Part(routes=[Route("/jump", set_the_clock)])])
+        with TestClient(app) as client:
+            assert client.get("/jump").status_code == 200
+    (span,) = spans(received)
+    assert 0 <= span.end_time_unix_nano - span.start_time_unix_nano < 60e9
 
 
 def test_a_request_is_one_tree_of_spans_under_the_callers(seen):

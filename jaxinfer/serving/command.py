@@ -17,6 +17,7 @@ from jaxinfer.serving.server import Server, named_models
 from jaxinfer.serving.settings import Settings
 
 POLL = 0.05
+PATIENCE = 6  # seconds for what is still sent when everybody has been answered, to clients and to a collector
 FILES = 65536  # that may be open: each connection is one, and many shells start a process with 1,024
 
 
@@ -46,13 +47,23 @@ def serve(models: Sequence[str], settings: Settings, options: dict[str, Any], sa
         failed = not heard
         if not failed:
             say(f"stopping: {server.site.running} requests may go on for {settings.grace:g} s")
-        server.close()
-        if loader.is_alive():
+        if not _closed(server) or loader.is_alive():
             os._exit(0)  # a compile does not end when it is told to, and everybody has been answered
         return 2 if failed else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _closed(server: Server) -> bool:
+    """Close it, and wait until nobody is served any more, and a little longer: whether all that it had has ended."""
+    server.site.draining = True
+    closing = threading.Thread(target=server.close, name="jaxinfer-close", daemon=True)
+    closing.start()
+    while closing.is_alive() and server.site.running:
+        time.sleep(POLL)
+    closing.join(PATIENCE)
+    return not closing.is_alive()
 
 
 def allow_files() -> None:
