@@ -40,6 +40,7 @@ def nothing_is_left(lm):
 @contextmanager
 def serving(lm, **settings):
     with ji.serve({"tiny": lm}, port=0, **settings) as server, client(server) as http:
+        assert eventually(lambda: lm.hearts[0].supervised)
         yield server, http
 
 

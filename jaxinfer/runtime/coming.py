@@ -37,7 +37,7 @@ class Coming:
                     self._await(*asked.popleft())
             while asked:
                 self._await(*asked.popleft())
-        except (Closed, CancelledError):
+        except (Closed, CancelledError, OSError):  # or another process of its mesh has gone
             pass
         finally:
             self.ended = time.perf_counter()

@@ -55,10 +55,11 @@ def state(site: Site) -> dict[str, Any]:
 
 
 def _version(version: ModelVersion) -> dict[str, Any]:
-    """A version's programs and the phases of its start."""
-    model = version.model
+    """A version's programs, how many of them are there, and the phases of its start."""
+    model, coming = version.model, version.model.coming
     ledger = [{"name": e.name, "origin": e.origin, "seconds": e.seconds, "hits": e.hits, "usual": e.usual,
                "waste": e.waste, "bytes": e.bytes} for e in model.ledger]
     startup = [{"name": phase.name, "began": phase.began, "ended": phase.ended, "origin": phase.origin}
                for phase in getattr(model, "startup", ())]
-    return {"name": version.name, "number": version.number, "ledger": ledger, "startup": startup}
+    there = {"ready": coming.ready, "total": coming.total} if coming and not coming.ended else None
+    return {"name": version.name, "number": version.number, "ledger": ledger, "startup": startup, "coming": there}
