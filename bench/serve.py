@@ -230,12 +230,15 @@ def load(servers: list[Served], asks: Questions, shares: tuple[float, ...], seco
             + table(["offered", "", *HEAD], lines, words=2)
             + "\n\nAsked: past saturation the accepted keep their latency, and the others get 429 at once. At "
             f"{most:g} x the p99 of the first text is {flooded.first.at(99)} s, at {full:g} x {busy.first.at(99)} s; "
-            f"{len(flooded.refused)} of {len(flooded.refused) + len(flooded.taken)} were refused, the slowest in "
-            f"{flooded.told.at(100, 1e3, '.0f') or 0} ms, {'all' if flooded.retries else 'not all'} with Retry-After.")
+            f"{len(flooded.refused)} of {len(flooded.refused) + len(flooded.taken)} were refused")
+    if flooded.refused:
+        body += (f", the slowest in {flooded.told.at(100, 1e3, '.0f')} ms, "
+                 f"{'all' if flooded.retries else 'not all'} with Retry-After")
+    body += "."
     if len(servers) > 1:
         mine, other = (server.name for server in servers)
-        ratios = [f"{share:g} x: {outcomes[share, mine].rate / max(outcomes[share, other].rate, 1e-9):.2f}"
-                  for share in shares]
+        ratios = [f"{share:g} x: {outcomes[share, mine].rate / outcomes[share, other].rate:.2f}" for share in shares
+                  if outcomes[share, other].rate]
         body += f" Tokens/s, x {other}: {', '.join(ratios)}."
     return body, {"capacity": capacity, "loads": samples}
 
