@@ -107,7 +107,7 @@ def serving(name: str, command: list[Any], port: int, ready: str) -> Iterator[Se
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
+            return response.status == 200 and b'"programs"' not in response.read()  # that come in the background
     except (urllib.error.URLError, OSError):
         return False
 
@@ -230,12 +230,15 @@ def load(servers: list[Served], asks: Questions, shares: tuple[float, ...], seco
             + table(["offered", "", *HEAD], lines, words=2)
             + "\n\nAsked: past saturation the accepted keep their latency, and the others get 429 at once. At "
             f"{most:g} x the p99 of the first text is {flooded.first.at(99)} s, at {full:g} x {busy.first.at(99)} s; "
-            f"{len(flooded.refused)} of {len(flooded.refused) + len(flooded.taken)} were refused, the slowest in "
-            f"{flooded.told.at(100, 1e3, '.0f') or 0} ms, {'all' if flooded.retries else 'not all'} with Retry-After.")
+            f"{len(flooded.refused)} of {len(flooded.refused) + len(flooded.taken)} were refused")
+    if flooded.refused:
+        body += (f", the slowest in {flooded.told.at(100, 1e3, '.0f')} ms, "
+                 f"{'all' if flooded.retries else 'not all'} with Retry-After")
+    body += "."
     if len(servers) > 1:
         mine, other = (server.name for server in servers)
-        ratios = [f"{share:g} x: {outcomes[share, mine].rate / max(outcomes[share, other].rate, 1e-9):.2f}"
-                  for share in shares]
+        ratios = [f"{share:g} x: {outcomes[share, mine].rate / outcomes[share, other].rate:.2f}" for share in shares
+                  if outcomes[share, other].rate]
         body += f" Tokens/s, x {other}: {', '.join(ratios)}."
     return body, {"capacity": capacity, "loads": samples}
 
@@ -286,6 +289,7 @@ def cost(asks: Questions, rows: int, new: int, rounds: int) -> tuple[str, dict[s
     with tempfile.TemporaryDirectory() as scratch:
         lm = ji.load(write(Path(scratch), SHAPES["tiny"] | {"bos_token_id": 0}), dtype="float32", max_rows=ROWS,
                      max_context=CONTEXT)
+        lm.warmup()
         with lm, ji.serve({MODEL: lm}, port=0) as server:
             sampling = ji.Sampling(max_tokens=new, ignore_eos=True)
             prompts = lambda: np.random.default_rng(time.perf_counter_ns()).integers(10, 1000, (rows, WORDS)).tolist()
@@ -303,7 +307,7 @@ def cost(asks: Questions, rows: int, new: int, rounds: int) -> tuple[str, dict[s
                 assert all(reply.whole and reply.tokens == new for reply in replies)
                 return max(reply.end for reply in replies)
 
-            for _ in range(rounds + 1):  # the first compiles
+            for _ in range(rounds + 1):  # the first touches all for the first time
                 for name, way in (("in process", in_process), ("over HTTP", over_http)):
                     before = time.process_time()
                     seconds = way()

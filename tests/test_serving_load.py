@@ -21,7 +21,7 @@ def test_of_two_hundred_streams_the_accepted_complete_and_the_others_get_429_at_
     ask = lambda i: {"model": "tiny", "messages": [{"role": "user", "content": f"number {i}"}], "max_tokens": NEW,
                      "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
     with ji.load(tiny_path, max_context=128, max_rows=4, max_waiting=WAITING) as lm:
-        lm.warmup = lambda: None  # only what is asked for is compiled
+        lm.warmup = lambda **_: None  # only what is asked for is compiled
         lm("x", max_tokens=2)
         with ji.serve({"tiny": lm}, port=0) as server:
             files, taken = len(os.listdir(FILES)) if FILES.exists() else 0, []
