@@ -6,6 +6,8 @@ import jaxinfer as ji
 from tests import tiny
 from tests.serving import client
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 LOAD = dict(max_context=64, max_rows=1)
 ASK = {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 

@@ -11,6 +11,8 @@ from jaxinfer.compiler import Key
 from jaxinfer.errors import Closed
 from tests.running import eventually
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 X = np.zeros(3, np.float32)
 
 

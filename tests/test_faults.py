@@ -20,6 +20,8 @@ from jaxinfer.serving.dashboard import state
 from tests.running import all_free, blocked, eventually
 from tests.serving import Command, client, events
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 ASK = {"model": "tiny", "prompt": "Hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 LONG = ASK | {"max_tokens": 1500, "stream": True}
 YEAR = 365 * 86400.0

@@ -14,6 +14,8 @@ from jaxinfer.serving.openai.feed import Feed
 from tests.running import all_free, blocked, eventually, hooked
 from tests.serving import CITY, CLOCK, TOOLS_TEMPLATE, WEATHER, chunks, client, events
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 LOAD = dict(max_context=512, max_rows=4, max_waiting=8, batch_invariant=True)
 DRAW = dict(max_tokens=10, seed=5, temperature=0.8, ignore_eos=True)
 ASK = {"model": "tiny", "prompt": "Hello", **DRAW}

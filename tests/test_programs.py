@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfer.compiler.fingerprint import Unknown
 from jaxinfer.compiler.programs import Programs
+from jaxinfer.errors import Closed
 from tests.running import eventually
 
 
@@ -56,3 +57,10 @@ def test_who_waits_for_a_program_that_no_thread_has_begun_is_told_when_its_model
             last.result(60)
         sums.gate.set()
         closing.result(60)
+
+
+def test_a_model_may_be_collected_in_a_thread_that_compiles(sums):
+    sums.gate.set()
+    sums._pool.submit(sums.close).result(60)
+    with pytest.raises(Closed):
+        sums.prepare(7)

@@ -21,6 +21,8 @@ from tests.running import eventually
 from tests.test_coming import held
 from tests.test_endpoint import Held
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 X = np.zeros(4, np.float32)
 
 

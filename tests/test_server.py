@@ -30,6 +30,8 @@ from jaxinfer.serving.threads import OPERATING, WATCHING
 from tests.running import eventually
 from tests.serving import Command, client, events
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 TINY = ["--max-context", "256", "--max-rows", "1"]
 
 
@@ -289,11 +291,16 @@ def test_tls_by_configuration(double, tmp_path):
     {"certificate": "no.pem"}, {"certificate": "no.pem", "private_key": "no.pem"}, {"certificate": 5, "private_key": 5},
     {"host": 5}, {"admin_host": ""}, {"shared_memory": "false"}, {"json_logs": 1}, {"max_body": 1.5},
     {"max_head": True}, {"keep_alive": math.nan}, {"stall_timeout": math.inf}, {"grace": math.inf},
-    {"body_timeout": "1"}, {"grpc_port": True}, {"api_keys": iter(["k"])}, {"api_keys": [5]},
+    {"body_timeout": "1"}, {"grpc_port": True}, {"api_keys": [5]},
     {"admin_token": 5, "admin_port": 0}, {"allow_origins": "*"}, {"allow_origins": ("chat",)}], ids=str)
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(InvalidOption, match=next(iter(wrong))):
         Settings(**wrong)
+
+
+def test_keys_that_can_be_read_but_once_are_refused():
+    with pytest.raises(InvalidOption, match="api_keys"):
+        Settings(api_keys=iter(["k"]))
 
 
 def test_settings_do_not_show_their_secrets():

@@ -16,6 +16,8 @@ from jaxinfer.serving.app import public
 from tests.running import eventually
 from tests.watching import site_of
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -20,6 +20,8 @@ from jaxinfer.serving.site import Loading
 from tests.running import blocked, eventually
 from tests.watching import site_of
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 
 @pytest.fixture
 def served(tiny_path):

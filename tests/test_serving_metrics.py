@@ -16,6 +16,8 @@ from jaxinfer.serving.record import Histogram, quantile
 from tests.running import blocked, eventually
 from tests.watching import site_of
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 PROMPTS = [[7, *range(100, 100 + n)] for n in (3, 90, 90)]
 
 

@@ -23,6 +23,8 @@ from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Site
 from tests.watching import admin_of
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 
 def profile_message():
     """google/pprof's proto/profile.proto, as far as stacks go."""

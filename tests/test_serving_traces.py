@@ -32,6 +32,8 @@ from jaxinfer.serving.site import Part
 from jaxinfer.serving.trace import Trace, parse
 from tests.watching import site_of
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 KINDS = {"/v1/traces": ExportTraceServiceRequest, "/v1/metrics": ExportMetricsServiceRequest,
          "/v1/logs": ExportLogsServiceRequest}
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -22,6 +22,8 @@ from jaxinfer.compiler.placement import Placement
 from jaxinfer.errors import Closed, CorruptFile, UntrustedCache
 from jaxinfer.kernels.op import Tracing
 
+THREADS = "jaxinfer-compile"  # those that compile, and store
+
 
 class Programs:
     """The compiled programs of one model on one device, or as it is placed on several. `lower(key)` says what a key's
@@ -50,8 +52,8 @@ class Programs:
         self._turns: dict[Any, Future] = {}  # what of it no thread has begun
         self._lock = threading.RLock()
         threads = min(2, max(1, (os.cpu_count() or 1) // 2))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="jaxinfer-compile")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-store")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=THREADS)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix=THREADS)
 
     @abstractmethod
     def lower(self, key: Any) -> jax.stages.Lowered:
@@ -243,8 +245,9 @@ class Programs:
         with self._lock:
             while self._turns:
                 self._turns.popitem()[1].cancel()
-        self._pool.shutdown()
-        self._writer.shutdown(wait=True)
+        outside = not threading.current_thread().name.startswith(THREADS)  # else a model was collected in one of them
+        self._pool.shutdown(outside)
+        self._writer.shutdown(outside)
         self._ready.clear()
         self._pending.clear()
 
