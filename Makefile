@@ -36,9 +36,9 @@ demo: .venv/.demo ## ask a small model a question, from nothing
 	$(BIN)/jaxinfer run smollm2-135m "Why is the sky blue?" --chat --stats
 
 # Stages of one process each run beside those of several, where nothing is timed: their processes need 2 GB at most.
-test: .venv/.test .venv-peers/.test $(if $(ON_LINUX),.venv/gpu/.test) ## everything that CI runs
+test: .venv/.test .venv-peers/.test .venv-clients/.test $(if $(ON_LINUX),.venv/gpu/.test) ## everything that CI runs
 	@.ci/stages lint test-fast test-parity$(if $(ON_LINUX),+test-tpu) \
-	  test-onnx+types+test-doctests test-notebooks$(if $(ON_LINUX),+test-gpu)
+	  test-onnx+types+test-doctests test-notebooks test-serve$(if $(ON_LINUX),+test-gpu)
 
 lint: .venv/.test ## ruff
 	$(BIN)/ruff check .
@@ -69,7 +69,7 @@ test-doctests: .venv/.test ## the examples in docstrings
 test-notebooks: .venv/.test ## execute every notebook
 	$(TEST) $(BIN)/pytest $(WORKERS) tests/test_notebooks.py
 
-test-serve: .venv-clients/.test ## other people's clients against a server on this machine
+test-serve: .venv-clients/.test ## other people's clients against a server on loopback that has SmolLM2
 	$(TEST) .venv-clients/bin/pytest tests/clients
 
 test-long: .venv/.test ## property tests with thousands of examples
@@ -95,7 +95,7 @@ clean: ## remove environments and caches, not downloaded models
 	@touch $@
 
 .venv-clients/.test: pyproject.toml .ci/env
-	@.ci/env .venv-clients main "[serve,grpc,clients]"
+	@.ci/env .venv-clients main "[serve,grpc,otel,clients]"
 	@touch $@
 
 .venv-serve/.bench: pyproject.toml .ci/env

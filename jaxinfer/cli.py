@@ -158,6 +158,8 @@ def serve(
     max_body: Annotated[int | None, _option("Bytes of a request's body.")] = None,
     request_timeout: Annotated[float | None, _option("Seconds that a request may take.")] = None,
     grace: Annotated[float | None, _option("Seconds that what runs may go on for after SIGTERM.")] = None,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="A line of JSON on stderr for every request.")] = False,
+    otlp: Annotated[str | None, _option("OpenTelemetry collector, such as http://127.0.0.1:4318.")] = None,
     dtype: DType = None,
     quantize: Quantize = None,
     kv_cache_dtype: KvCacheDtype = None,
@@ -182,7 +184,8 @@ def serve(
         host=host, port=port, grpc_port=grpc_port, shared_memory=shared_memory, admin_port=admin_port,
         admin_token=_secret(admin_token, "JAXINFER_ADMIN_TOKEN") or None,
         api_keys=tuple(_secret(api_keys, "JAXINFER_API_KEYS").split()), certificate=certificate,
-        private_key=private_key, max_body=max_body, request_timeout=request_timeout, grace=grace))
+        private_key=private_key, max_body=max_body, request_timeout=request_timeout, grace=grace, json_logs=json_logs,
+        otlp=otlp))
     with shown():
         sys.exit(serve(models, settings, options, _say))
 

@@ -344,6 +344,15 @@ def test_tools_need_a_template_that_knows_them(http, lm, monkeypatch):
     assert error["param"] == "tools"
 
 
+def test_a_template_for_tools_is_asked_alone_where_there_is_one(http, lm, monkeypatch):
+    monkeypatch.setitem(lm.tokenizer.chat_templates, "default", "{{ messages[-1]['content'] + '' }}")  # knows no calls
+    monkeypatch.setitem(lm.tokenizer.chat_templates, "tool_use", TOOLS_TEMPLATE)
+    called = {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]}
+    body = SAY | {"messages": [*SAY["messages"], called], "tools": [WEATHER]}
+    assert post(http, "/v1/chat/completions", body)["choices"]
+
+
 def test_a_model_that_is_not_there_is_404(http):
     error = post(http, "/v1/completions", ASK | {"model": "gpt-9"}, 404)["error"]
     assert (error["code"], error["param"]) == ("model_not_found", "model")

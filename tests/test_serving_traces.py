@@ -1,22 +1,15 @@
 """Traces, metrics and logs, as a collector of OpenTelemetry's receives them over OTLP; and logs as lines of JSON."""
 
-import gzip
 import json
 import logging
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import opentelemetry.sdk.trace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -30,44 +23,15 @@ from jaxinfer.serving.app import public
 from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Part
 from jaxinfer.serving.trace import Trace, parse
+from tests.collector import attributes, collector, metrics, records, spans
 from tests.watching import site_of
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
-KINDS = {"/v1/traces": ExportTraceServiceRequest, "/v1/metrics": ExportMetricsServiceRequest,
-         "/v1/logs": ExportLogsServiceRequest}
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 OURS = ("jaxinfer.requests", "jaxinfer.access", "jaxinfer.incidents")  # other loggers have a say too
 PROMPT = [7, *range(100, 180)]
 PARENT = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-01", "tracestate": "vendor=1"}
-
-
-@contextmanager
-def collector():
-    """A receiver of OTLP over HTTP: its address, and what has come by path."""
-    received = {path: [] for path in KINDS}
-
-    class Receiver(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["content-length"]))
-            if self.headers.get("content-encoding") == "gzip":
-                body = gzip.decompress(body)
-            received[self.path].append(KINDS[self.path].FromString(body))
-            self.send_response(200)
-            self.send_header("content-type", "application/x-protobuf")
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", received
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def asking(lm) -> Part:
@@ -105,15 +69,6 @@ def seen(lm):
             assert client.get("/livez").status_code == 404  # of which nobody hears
         yield received
         assert not events.observed(), "an observer is left"
-
-
-def spans(received):
-    return [span for export in received["/v1/traces"] for resource in export.resource_spans
-            for scope in resource.scope_spans for span in scope.spans]
-
-
-def attributes(item):
-    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in item.attributes}
 
 
 @pytest.mark.parametrize("jump", [86400, -86400])
@@ -173,19 +128,17 @@ def test_who_comes_without_a_trace_begins_one_and_a_failure_is_marked(seen):
 
 
 def test_logs_name_their_trace_and_no_prompt(seen):
-    records = [r for export in seen["/v1/logs"] for resource in export.resource_logs for scope in resource.scope_logs
-               for r in scope.log_records if attributes(r)["logger"] in OURS]
-    mine = {r.body.string_value: attributes(r) for r in records if r.trace_id.hex() == TRACE_ID}
+    told = [r for r in records(seen) if attributes(r)["logger"] in OURS]
+    mine = {r.body.string_value: attributes(r) for r in told if r.trace_id.hex() == TRACE_ID}
     assert set(mine) == {"tiny ended: length", "GET /v1/completions"}
     assert mine["tiny ended: length"]["tokens"] == 6 and mine["GET /v1/completions"]["status"] == 200
-    assert {r.span_id for r in records if r.trace_id.hex() == TRACE_ID} == {
+    assert {r.span_id for r in told if r.trace_id.hex() == TRACE_ID} == {
         s.span_id for s in spans(seen) if s.trace_id.hex() == TRACE_ID and s.name == "GET /v1/completions"}
-    assert all(len(r.trace_id) == 16 for r in records) and len(records) == 5
+    assert all(len(r.trace_id) == 16 for r in told) and len(told) == 5
 
 
 def test_metrics_are_those_of_the_conventions(seen):
-    found = {m.name: m for export in seen["/v1/metrics"] for resource in export.resource_metrics
-             for scope in resource.scope_metrics for m in scope.metrics}
+    found = metrics(seen)
     counts = {name: sum(p.count for p in m.histogram.data_points) for name, m in found.items()
               if m.HasField("histogram")}
     assert counts == {"gen_ai.server.request.duration": 2, "gen_ai.server.time_to_first_token": 2,
@@ -207,6 +160,13 @@ def test_a_collector_that_is_not_there_harms_nobody(lm, monkeypatch):
 def test_without_a_collector_opentelemetry_is_not_imported():
     code = "import sys, jaxinfer.serving.app; print(any(n.split('.')[0] == 'opentelemetry' for n in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_collector_without_opentelemetry_is_refused_before_anybody_is_served(monkeypatch):
+    monkeypatch.delitem(sys.modules, "jaxinfer.serving.otlp")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(ji.errors.InvalidOption, match=r"otlp needs opentelemetry.*jaxinfer\[otel\]"):
+        logs.part(site_of(Settings(otlp="http://127.0.0.1:9")))
 
 
 def test_logs_are_lines_of_json_with_the_callers_trace(lm, capsys):

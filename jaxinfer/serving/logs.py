@@ -7,10 +7,12 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any
 
 import anyio
 
 from jaxinfer import events
+from jaxinfer.errors import InvalidOption
 from jaxinfer.serving.site import Part, Site
 from jaxinfer.serving.trace import Trace
 
@@ -19,23 +21,22 @@ REQUESTS, INCIDENTS = logging.getLogger("jaxinfer.requests"), logging.getLogger(
 
 
 def part(site: Site) -> Part:
-    """Every request belongs to a trace (W3C Trace Context); JSON lines and an OpenTelemetry collector get to
-    know of them as the settings say."""
+    """Every request belongs to a trace (W3C Trace Context); JSON lines and an OpenTelemetry collector get to know of
+    them as the settings say. Raises InvalidOption where OpenTelemetry is asked for and not installed."""
     tracing, settings = site.tracing, site.settings
+    exporting = _exporter() if settings.otlp else None
 
     @asynccontextmanager
     async def living() -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            if settings.json_logs or settings.otlp:
+            if settings.json_logs or exporting is not None:
                 stack.enter_context(events.observe(tell))
             if settings.json_logs:
                 lines = logging.StreamHandler()
                 lines.setFormatter(Json())
                 stack.enter_context(handled_by(lines))
-            if settings.otlp:
-                from jaxinfer.serving.otlp import Exporter  # OpenTelemetry is imported only where it is used
-
-                exporter = Exporter(site, settings.otlp)
+            if exporting is not None:
+                exporter = exporting(site, settings.otlp)
                 stack.push_async_callback(anyio.to_thread.run_sync, exporter.close)
                 tracing.begin, tracing.end = exporter.begin, exporter.end
                 stack.enter_context(events.observe(exporter.observe))
@@ -43,6 +44,15 @@ def part(site: Site) -> Part:
             yield
 
     return Part(around=tracing.around, living=living)
+
+
+def _exporter() -> Any:
+    """OpenTelemetry is imported only where it is used."""
+    try:
+        from jaxinfer.serving.otlp import Exporter
+    except ImportError as error:
+        raise InvalidOption(f'otlp needs {error.name}, which is not installed: pip install "jaxinfer[otel]"') from error
+    return Exporter
 
 
 @contextmanager

@@ -39,7 +39,10 @@ def document(operations: Sequence[Operation], version: str) -> dict[str, Any]:
 def _described(op: Operation, schema_of: dict[Any, Any]) -> dict[str, Any]:
     content = {JSON: {"schema": schema_of[op.gives]}}
     if op.streams is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event": schema_of[op.streams]}
+        piece = {"anyOf": [schema_of[op.streams], schema_of[ErrorBody]]}
+        data = {"anyOf": [{"const": "[DONE]"}, {"type": "string", "contentMediaType": JSON, "contentSchema": piece}]}
+        content["text/event-stream"] = {"schema": {  # of each event, as is read before OpenAPI 3.2
+            "type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}}
     wrong = {JSON: {"schema": schema_of[ErrorBody]}}
     said: dict[str, Any] = {
         "operationId": f"{op.method.lower()}{op.path.replace('/', '_').replace('{model:path}', 'model')}",

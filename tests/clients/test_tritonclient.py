@@ -22,6 +22,7 @@ from jaxinfer.serving.inference.regions import HOME
 from jaxinfer.serving.inference.schema import CLASSES
 from jaxinfer.serving.server import Server
 from jaxinfer.serving.settings import Settings
+from tests.clients.conftest import KEY, NAME
 
 KINDS = [np.bool_, np.uint8, np.uint16, np.uint32, np.int8, np.int16, np.int32, np.float16, np.float32]
 
@@ -153,6 +154,24 @@ def test_shared_memory(http, grpc):
             client.unregister_system_shared_memory("r")
     finally:
         (HOME / key).unlink()
+
+
+def test_a_server_with_smollm2_embeds_by_an_encoder_beside_it(served, encoder):
+    """With a key, over both; the vectors are those that OpenAI's client gets."""
+    texts = ["A cat sleeps.", "Bond prices fell."]
+    key = {"authorization": f"Bearer {KEY}"}  # each call gets a copy: the client over HTTP adds to it
+    expected = [one.embedding for one in served.client.embeddings.create(model=encoder, input=texts).data]
+    array = np.array([text.encode() for text in texts], object)
+    with (over_http.InferenceServerClient(served.url.removeprefix("http://")) as http,
+          over_grpc.InferenceServerClient(served.grpc) as grpc):
+        for client, module in ((http, over_http), (grpc, over_grpc)):
+            assert client.is_model_ready(NAME, headers=dict(key))
+            text = module.InferInput("text", array.shape, "BYTES")
+            text.set_data_from_numpy(array)
+            found = client.infer(encoder, [text], headers=dict(key)).as_numpy("vector")
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+            with pytest.raises(InferenceServerException):
+                client.infer(encoder, [text])
 
 
 def test_messages_have_the_published_names_and_numbers():

@@ -27,7 +27,7 @@ def prompt_of(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools
         raise InvalidRequest(f"chat_template_kwargs has {clash[0]!r}, which is a field of the request itself")
     render = lambda tools: tokenizer.render_chat(plain, tools=tools, add_generation_prompt=begin, **(variables or {}))
     text = render(told)
-    if told and text == render(None):
+    if told and "tool_use" not in tokenizer.chat_templates and text == render(None):
         raise InvalidRequest("tools are not for this model: its chat template has no place for them")
     return tokenizer.encode(text, add_special=False)
 
