@@ -153,6 +153,7 @@ def serve(
                                                                         "of trusted clients.")] = False,
     api_keys: Annotated[Path | None, _option("File with keys, one a line, of which a client needs one; or "
                                              "$JAXINFER_API_KEYS, with blanks between.")] = None,
+    allow_origin: Annotated[list[str] | None, _option("Origin whose pages may ask from a browser, or *.")] = None,
     certificate: Annotated[Path | None, _option("PEM file, for TLS.")] = None,
     private_key: Annotated[Path | None, _option("PEM file, for TLS.")] = None,
     max_body: Annotated[int | None, _option("Bytes of a request's body.")] = None,
@@ -184,8 +185,8 @@ def serve(
         host=host, port=port, grpc_port=grpc_port, shared_memory=shared_memory, admin_port=admin_port,
         admin_token=_secret(admin_token, "JAXINFER_ADMIN_TOKEN") or None,
         api_keys=tuple(_secret(api_keys, "JAXINFER_API_KEYS").split()), certificate=certificate,
-        private_key=private_key, max_body=max_body, request_timeout=request_timeout, grace=grace, json_logs=json_logs,
-        otlp=otlp))
+        private_key=private_key, allow_origins=tuple(allow_origin or ()), max_body=max_body,
+        request_timeout=request_timeout, grace=grace, json_logs=json_logs, otlp=otlp))
     with shown():
         sys.exit(serve(models, settings, options, _say))
 
