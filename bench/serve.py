@@ -16,6 +16,7 @@ A first run, which `--quick` may be, fills the compile cache.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import signal
@@ -107,7 +108,9 @@ def serving(name: str, command: list[Any], port: int, ready: str) -> Iterator[Se
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200 and b'"programs"' not in response.read()  # that come in the background
+            models = json.load(response)["models"].values()
+            coming = [model["programs"] for model in models if "programs" in model]  # in the background
+            return all(one["ready"] + len(one.get("failed", ())) == one["total"] for one in coming)
     except (urllib.error.URLError, OSError):
         return False
 

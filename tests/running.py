@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from jaxinfer import events
 from jaxinfer.compiler import Key
 
+IN_HASTE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for another process: what the fixture `in_haste` is for this one
+
 
 def eventually(condition: Callable[[], object], seconds: float = 20) -> object:
     end = time.monotonic() + seconds

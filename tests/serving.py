@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import httpx2
 
+from tests.running import IN_HASTE
+
 TOOLS_TEMPLATE = """{% if tools %}<|user|>Tools, as <tool_call> {{ tools | tojson }}</s>{% endif %}\
 {% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}\
 {{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}</s>{% endfor %}<|assistant|>"""
@@ -57,7 +59,7 @@ class Command:
     def __init__(self, *args, port=0, log=None, first="", **env):
         program = [sys.executable, "-c", f"{first}\nfrom jaxinfer.cli import main; main()"]
         self.process = subprocess.Popen([*program, "serve", "--port", str(port), *args], stderr=log or subprocess.PIPE,
-                                        text=True, env=os.environ | env)
+                                        text=True, env=os.environ | IN_HASTE | env)
         weakref.finalize(self, self.process.kill)
         self.said, self.url = "", f"http://127.0.0.1:{port}"
         if log is None:

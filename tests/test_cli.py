@@ -16,19 +16,20 @@ import pytest
 from jaxinfer.events import Compiling, Progress, emit
 from jaxinfer.frontend.catalog import CATALOG
 from jaxinfer.progress import shown
+from tests.running import IN_HASTE
 
 PROGRAM = [sys.executable, "-c", "from jaxinfer.cli import main; main()"]
 
 
 def jaxinfer(*args, **environment):
-    env = os.environ | {name: str(value) for name, value in environment.items()}
+    env = os.environ | IN_HASTE | {name: str(value) for name, value in environment.items()}
     return subprocess.run([*PROGRAM, *args], env=env, capture_output=True, text=True, timeout=240)
 
 
 def on_terminal(*args, **environment):
     """Run with stdout and stderr on a terminal; returns the exit code and what the terminal received."""
     main, child = pty.openpty()
-    env = os.environ | {"TERM": "xterm"} | {name: str(value) for name, value in environment.items()}
+    env = os.environ | IN_HASTE | {"TERM": "xterm"} | {name: str(value) for name, value in environment.items()}
     process = subprocess.Popen([*PROGRAM, *args], env=env, stdout=child, stderr=child)
     os.close(child)
     received = b""
@@ -177,7 +178,7 @@ class Session:
         self.screen, child = pty.openpty()
         adopt = f"import fcntl, os, sys, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{PROGRAM[2]}"
         self.process = subprocess.Popen([PROGRAM[0], "-c", adopt, *args], stdin=child, stdout=child, stderr=child,
-                                        start_new_session=True)
+                                        start_new_session=True, env=os.environ | IN_HASTE)
         os.close(child)
         self.received = ""
 

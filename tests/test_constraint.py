@@ -442,7 +442,7 @@ BAD = [
     ("grammar", "", "GBNF"),
     ("grammar", f'start: "{SURROGATE}"', "surrogates not allowed"),
     ("grammar", 3, "a grammar is a string, not 3"),
-    ("choice", [], "empty"),
+    ("choice", [], "0 texts"),
     ("choice", "yes", "sequence of strings, not 'yes'"),
     ("choice", ["yes", 3], "sequence of strings"),
     ("choice", [SURROGATE], "surrogates not allowed"),

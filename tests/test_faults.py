@@ -1,6 +1,7 @@
 """What goes wrong around a server harms no more than it must: readers, disks, clocks, engines, the process itself."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -70,8 +71,9 @@ def free_port() -> int:
 # --- clients ---
 
 
-def test_a_reader_that_stops_gives_its_pages_back(lm):
-    with serving(lm, stall_timeout=0.3) as (server, http):
+def test_a_reader_that_stops_gives_its_pages_back(lm, caplog):
+    with serving(lm, stall_timeout=0.3) as (server, http), caplog.at_level(logging.INFO, "jaxinfer.serving"):
+        server._sockets[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)  # the kernel would, too
         server._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # that little the kernel keeps for it
         host, port = server.url.removeprefix("http://").split(":")
         with socket.socket() as slow:
@@ -82,6 +84,7 @@ def test_a_reader_that_stops_gives_its_pages_back(lm):
                          b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
             assert eventually(lambda: server.site.running)
             assert eventually(lambda: not server.site.running and all_free(lm))
+        assert "the client took nothing for" in caplog.text
         assert http.post("/v1/completions", json=ASK).status_code == 200
 
 

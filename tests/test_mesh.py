@@ -33,7 +33,7 @@ from jaxinfer.kernels import tracing
 from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.convert import convert
 from tests import tiny
-from tests.running import all_free, eventually
+from tests.running import IN_HASTE, all_free, eventually
 
 EIGHT = len(jax.devices()) >= 8
 eight = pytest.mark.skipif(not EIGHT, reason="runs inside test_on_eight_devices")
@@ -49,7 +49,8 @@ load = partial(ji.load, max_context=128, max_rows=2, batch_invariant=True)  # on
 
 @pytest.mark.skipif(EIGHT, reason="they are here")
 def test_on_eight_devices():
-    env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
+    env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+           **IN_HASTE}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]

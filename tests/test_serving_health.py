@@ -74,6 +74,26 @@ def test_what_is_asked_for_later_leaves_the_server_ready(served):
     assert asked(client, "/readyz")[0] and asked(client, "/readyz?model=new")[0], "it has no stable version"
 
 
+def test_while_a_further_model_is_loaded_the_server_is_ready_and_while_the_first_is_it_has_not_started(served):
+    site, _, client = served
+    begun, go = threading.Event(), threading.Event()
+
+    def make():
+        begun.set()
+        assert go.wait(60)
+        return ji.endpoint(lambda x: x + 1, example=0.0, max_batch=1)
+
+    loading = threading.Thread(target=site.load, args=("new", make))
+    loading.start()
+    assert begun.wait(30)
+    assert asked(client, "/readyz")[0] and asked(client, "/startupz")[0] and not asked(client, "/readyz?model=new")[0]
+    site.asked = frozenset({"tiny", "new"})
+    assert not asked(client, "/readyz")[0] and not asked(client, "/startupz")[0]
+    go.set()
+    loading.join()
+    assert asked(client, "/readyz?model=new")[0] and asked(client, "/startupz")[0]
+
+
 def test_progress_of_a_load_that_failed_is_none_of_the_next(served):
     site, _, client = served
     events.emit(events.Progress("download", "half of it", 30, 100))

@@ -22,7 +22,7 @@ from jaxinfer.compiler.placement import Placement
 from jaxinfer.errors import Closed, CorruptFile, UntrustedCache
 from jaxinfer.kernels.op import Tracing
 
-THREADS = "jaxinfer-compile"  # those that compile, and store
+THREADS = "jaxinfer-compile"  # those that compile, store, or have something compiled
 
 
 class Programs:
@@ -168,7 +168,8 @@ class Programs:
 
     def _take_turn(self) -> None:
         with self._lock:
-            key = self.awaited if self.awaited in self._turns else next(iter(self._turns), None)
+            ahead = self.place.is_local and self.awaited in self._turns  # processes of a mesh compile in one order
+            key = self.awaited if ahead else next(iter(self._turns), None)
             future = self._turns.pop(key, None)
         if future is None or not future.set_running_or_notify_cancel():
             return
@@ -243,9 +244,10 @@ class Programs:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
-            while self._turns:
-                self._turns.popitem()[1].cancel()
-        outside = not threading.current_thread().name.startswith(THREADS)  # else a model was collected in one of them
+            left, self._turns = self._turns, {}
+        for future in left.values():
+            future.cancel()
+        outside = not threading.current_thread().name.startswith(THREADS)  # else a model is collected in one of them
         self._pool.shutdown(outside)
         self._writer.shutdown(outside)
         self._ready.clear()

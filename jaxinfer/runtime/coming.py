@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from jaxinfer import events
-from jaxinfer.compiler.programs import Programs
+from jaxinfer.compiler.programs import THREADS, Programs
 from jaxinfer.errors import Closed
 
 AHEAD = 2  # programs that are asked for at a time: more do not come at once, and what a request wants would come later
@@ -26,7 +26,7 @@ class Coming:
         self.ready, self.total = before, before + len(keys)
         self.failed: dict[str, str] = {}
         self.began, self.ended = time.perf_counter(), None
-        threading.Thread(target=self._loop, args=(each, keys), name="jaxinfer-coming", daemon=True).start()
+        threading.Thread(target=self._loop, args=(each, keys), name=f"{THREADS}-coming", daemon=True).start()
 
     def _loop(self, each: Sequence[Programs], keys: Sequence[Any]) -> None:
         asked = deque[tuple[Any, list[Future]]]()

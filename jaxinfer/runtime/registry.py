@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -85,7 +85,8 @@ class Registry:
         return self.at(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(tuple(self._shelves))
+        """The names that have a version, or are between two."""
+        return iter([name for name, shelf in tuple(self._shelves.items()) if shelf.ready or shelf.coming])
 
     def at(self, name: str, label: str = STABLE) -> Handle:
         """A handle to whatever version has a label."""
@@ -191,8 +192,9 @@ class Registry:
         """Close everything at once: what waits fails with Closed."""
         with self._lock:
             self._closed = True
-        for name in self:
-            self.unload(name, drain=0.0)
+        for name in tuple(self._shelves):
+            with suppress(ModelNotFound):  # its load has failed meanwhile
+                self.unload(name, drain=0.0)
 
     # Inside.
 

@@ -163,8 +163,10 @@ class Admin:
                                    drain=ask.drain))
 
     async def unload(self, ask: UnloadRequest, model: str) -> Done:
+        if ask.version is None:
+            self.site.asked -= {model}
         if (failed := self.site.loading.get(model)) is not None and failed.error is not None:
-            del self.site.loading[model]  # it is not asked for any more
+            self.site.loading.pop(model, None)
             if model not in self.registry:
                 return Done()
         await _apart(self.registry.unload, model, ask.version, ask.drain)

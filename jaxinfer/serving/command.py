@@ -26,10 +26,9 @@ def serve(models: Sequence[str], settings: Settings, options: dict[str, Any], sa
     cannot be loaded leaves the others alone; if that is all of them, their errors are all there is to say."""
     named = _named(models)
     allow_files()
-    server = Server(Registry(), settings)
+    server = Server(Registry(), settings, named)
     others = {"gRPC": server.grpc_address, "the administration": server.admin_url}
     say(f"listening on {server.url}" + "".join(f", for {what} on {where}" for what, where in others.items() if where))
-    server.site.asked = frozenset(named)
     ready, heard = list[str](), list[int]()
     loader = threading.Thread(target=_load, args=(server, named, options, say, ready), name="jaxinfer-load",
                               daemon=True)
@@ -56,11 +55,12 @@ def serve(models: Sequence[str], settings: Settings, options: dict[str, Any], sa
 
 
 def _closed(server: Server) -> bool:
-    """Close it, and wait until nobody is served any more, and a little longer: whether all that it had has ended."""
-    server.site.draining = True
+    """Close it, and wait until nobody is served any more, for no longer than the grace, and a little longer: whether
+    all that it had has ended."""
+    server.site.draining, end = True, time.monotonic() + server.settings.grace
     closing = threading.Thread(target=server.close, name="jaxinfer-close", daemon=True)
     closing.start()
-    while closing.is_alive() and server.site.running:
+    while closing.is_alive() and server.site.running and time.monotonic() < end:
         time.sleep(POLL)
     closing.join(PATIENCE)
     return not closing.is_alive()

@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,9 @@ class Server:
     is, `grpc_address` where gRPC is (None where there is none). Its `registry` may be changed at any time.
     """
 
-    def __init__(self, registry: Registry, settings: Settings):
-        self.registry, self.settings, self.site = registry, settings, Site(registry, settings)
+    def __init__(self, registry: Registry, settings: Settings, asked: Iterable[str] = ()):
+        self.registry, self.settings = registry, settings
+        self.site = Site(registry, settings, frozenset(asked))
         self._closing, self._hurried = threading.Lock(), False
         parts, self._failure = parts_of(self.site), list[BaseException]()
         self._sockets, self._servers = list[socket.socket](), list[uvicorn.Server]()
@@ -85,9 +87,9 @@ class Server:
             while self.site.running and time.monotonic() < end and not self._hurried:
                 time.sleep(POLL)
             self.site.over, mine = True, set(self.site.loaded)
-            for version in self.registry.models:
-                if version.name in mine:
-                    version.model.close()
+            those = [version.model for version in self.registry.models if version.name in mine]
+            with ThreadPoolExecutor(len(those) or 1) as pool:  # one that waits for its compiles holds no other up
+                list(pool.map(lambda model: model.close(), those))
             forgetting = threading.Thread(target=self._forget, args=(mine,), name="jaxinfer-forget", daemon=True)
             forgetting.start()
             forgetting.join(LAST)  # whoever loads another version holds its name, and cannot be stopped
@@ -188,7 +190,8 @@ def serve(models: Any, *, load: Mapping[str, Any] | None = None, **settings: Any
         if load is not None:
             raise InvalidOption("load is for sources; a registry's models are loaded already")
         return Server(models, found)
-    named, server = named_models(models), Server(Registry(), found)
+    named = named_models(models)
+    server = Server(Registry(), found, named)
     try:
         for name, model in named.items():
             if isinstance(model, Living):

@@ -65,7 +65,7 @@ def test_the_scores_are_those_of_transformers(tasks, smollm2_lm, smollm2_theirs,
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
     tokenizer.save_pretrained(tmp_path)
     theirs = evaluate(tasks, HFLM(smollm2_theirs, tokenizer=tokenizer, batch_size=8, device="cpu"))
-    monkeypatch.setattr(smollm2_lm, "warmup", lambda: None)  # two of its programs are enough here
+    monkeypatch.setattr(smollm2_lm, "warmup", lambda **_: None)  # two of its programs are enough here
     with ji.serve({"smollm2": smollm2_lm}, port=0) as server:
         ours = evaluate(tasks, "local-completions", model_args={
             "model": "smollm2", "base_url": f"{server.url}/v1/completions", "tokenizer_backend": "huggingface",

@@ -45,7 +45,8 @@ def is_ready(site: Site) -> bool:
 def is_model_ready(site: Site, name: str, version: str = "") -> bool:
     """Raises ModelNotFound for one that is neither there nor coming."""
     if version and name in site.registry:
-        return not site.draining and not find(site, name, version).model.closed
+        model = find(site, name, version).model
+        return not site.draining and not model.closed and all(heart.alive for heart in model.hearts)
     if name not in site.registry and name not in site.asked | site.loading.keys():
         raise ModelNotFound(f"there is no model {short(name)}")
     return site.ready(name)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxinfer import events
 from jaxinfer.errors import Closed, InvalidRequest, ModelNotFound, RequestFailed, StepFailed
 from jaxinfer.runtime.registry import ModelVersion
-from jaxinfer.serving.aside import begun_aside
+from jaxinfer.serving.aside import begun_aside, withdraw
 from jaxinfer.serving.inference.datatypes import short
 from jaxinfer.serving.inference.models import OPEN, Face, Rows, Tensor, columns_of, face_of, requests_of
 from jaxinfer.serving.openai.models import find as find_handle
@@ -140,7 +140,7 @@ async def _ask(version: ModelVersion, face: Face, question: Question) -> Answer:
             or any(OPEN in tensor.shape[face.batched:] for tensor in face.inputs))  # the first of its sizes costs one
     prepare = partial(_queue, version.model, face, question)
     for _ in range(ATTEMPTS):
-        replies = await begun_aside(prepare, _withdraw) if slow else prepare()
+        replies = await begun_aside(prepare, withdraw) if slow else prepare()
         try:
             results = [reply.result() if reply.done() else await reply for reply in replies]
         except StepFailed:
@@ -148,7 +148,7 @@ async def _ask(version: ModelVersion, face: Face, question: Question) -> Answer:
             await anyio.to_thread.run_sync(face.check, row)
             raise
         finally:
-            _withdraw(replies)
+            withdraw(replies)
         numbers = {reply.version for reply in replies}
         if len(numbers) == 1:
             break
@@ -164,18 +164,13 @@ async def _ask(version: ModelVersion, face: Face, question: Question) -> Answer:
 
 async def aside(nbytes: int, work: Callable[[], Any]) -> Any:
     """Work on so many bytes: in another thread than the event loop's if it takes long."""
-    return await anyio.to_thread.run_sync(work) if nbytes > LARGE else work()
+    return await begun_aside(work, lambda _: None) if nbytes > LARGE else work()
 
 
 def _queue(model: Any, face: Face, question: Question) -> list[Any]:
     """In the event loop where that is sure to be quick."""
     _check_wanted(face, question.wanted)
     return model.submit_all(requests_of(face, question.arrays, model.max_waiting), **question.options)
-
-
-def _withdraw(replies: Sequence[Any]) -> None:
-    for reply in replies:
-        reply.cancel()
 
 
 def _check_wanted(face: Face, wanted: Sequence[Wanted]) -> None:

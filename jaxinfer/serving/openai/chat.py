@@ -6,13 +6,13 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any, cast
-
-from anyio import to_thread
 
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.request import Output, Piece, Request
 from jaxinfer.runtime.language import LanguageModel
+from jaxinfer.serving.aside import aside
 from jaxinfer.serving.openai import logprobs
 from jaxinfer.serving.openai.conversation import prompt_of, template_of
 from jaxinfer.serving.openai.drawing import ANY_OBJECT, sampling_of, usage_of
@@ -50,7 +50,7 @@ class Chats:
     async def create(self, ask: ChatRequest) -> Chat | Events:
         handle, model = find_language(self.site, ask.model)
         model.check_room()
-        request, style = await to_thread.run_sync(self._request, ask, model)
+        request, style = await aside(partial(self._request, ask, model))
         feed = Feed(handle, [request], pieces=bool(ask.stream))
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": ask.model}
         if ask.stream:

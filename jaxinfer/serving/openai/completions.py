@@ -7,11 +7,10 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 
-from anyio import to_thread
-
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.request import Logprob, Output, Request
 from jaxinfer.runtime.language import LanguageModel
+from jaxinfer.serving.aside import aside
 from jaxinfer.serving.openai import logprobs
 from jaxinfer.serving.openai.drawing import sampling_of, usage_of
 from jaxinfer.serving.openai.feed import Feed
@@ -42,7 +41,7 @@ class Completions:
         told = lambda: [_choice(ask, model, output, i * (ask.n or 1) + j) for i, output in enumerate(outputs)
                         for j, output in enumerate(_samples(output))]
         spelt = ask.logprobs is not None or ask.prompt_logprobs is not None  # token by token
-        choices = await to_thread.run_sync(told) if spelt else told()
+        choices = await aside(told) if spelt else told()
         return Completion(**about, choices=choices, system_fingerprint=f"v{outputs[0].version}",
                           usage=usage_of(outputs))
 

@@ -6,12 +6,11 @@ import base64
 from typing import Any
 
 import numpy as np
-from anyio import to_thread
 
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.runtime.encoder import Encoded, TextEncoder
 from jaxinfer.runtime.language import LanguageModel
-from jaxinfer.serving.aside import begun_aside
+from jaxinfer.serving.aside import aside, begun_aside, withdraw
 from jaxinfer.serving.openai.completions import prompts_of
 from jaxinfer.serving.openai.models import find
 from jaxinfer.serving.openai.wire import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
@@ -29,7 +28,7 @@ class Embedder:
         if isinstance(model, LanguageModel | TextEncoder) and len(texts) > model.max_waiting:  # never let in
             raise InvalidRequest(f"input has {len(texts)} texts; at most {model.max_waiting} can wait")
         if isinstance(model, LanguageModel):
-            tokens = await to_thread.run_sync(lambda: [model.tokens_of(text) for text in texts])
+            tokens = await aside(lambda: [model.tokens_of(text) for text in texts])
             vectors = await handle.aembed(tokens, timeout=self.site.settings.request_timeout)
             count = sum(map(len, tokens))
         elif isinstance(model, TextEncoder):
@@ -48,16 +47,11 @@ class Embedder:
 
     async def _encode(self, handle: Any, texts: list[Any]) -> list[Encoded]:
         asks, seconds = [((text,), {}) for text in texts], self.site.settings.request_timeout
-        replies = await begun_aside(lambda: handle.submit_all(asks, timeout=seconds), _withdraw)
+        replies = await begun_aside(lambda: handle.submit_all(asks, timeout=seconds), withdraw)
         try:
             return [await reply for reply in replies]
         finally:
-            _withdraw(replies)
-
-
-def _withdraw(replies: list[Any]) -> None:
-    for reply in replies:
-        reply.cancel()
+            withdraw(replies)
 
 
 def _base64(vector: np.ndarray) -> str:

@@ -11,11 +11,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from anyio import to_thread
-
 from jaxinfer.errors import Expired, InvalidRequest
 from jaxinfer.request import Output, Piece, Request
 from jaxinfer.runtime.answer import Answer
+from jaxinfer.serving.aside import begun_aside
 from jaxinfer.serving.mailbox import Mailbox
 
 
@@ -34,7 +33,7 @@ class Feed:
         """Submit all, on a thread: a long prompt is tokenized, or a grammar compiled, while the loop serves others.
         Raises what `LanguageModel.submit` raises; then nothing was submitted."""
         try:
-            await to_thread.run_sync(self._submit)
+            await begun_aside(self._submit, lambda _: self._cancel())
         except BaseException:
             self._cancel()
             raise

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from typing import Any
-
-from anyio import to_thread
 
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.request import Output, Request
 from jaxinfer.runtime.language import LanguageModel
+from jaxinfer.serving.aside import aside
 from jaxinfer.serving.openai.conversation import prompt_of
 from jaxinfer.serving.openai.drawing import ANY_OBJECT, sampling_of
 from jaxinfer.serving.openai.feed import Feed
@@ -45,7 +45,7 @@ class Responses:
     async def create(self, ask: ResponseRequest) -> Response | Events:
         handle, model = find_language(self.site, ask.model)
         model.check_room()
-        request = await to_thread.run_sync(self._request, ask, model)
+        request = await aside(partial(self._request, ask, model))
         feed = Feed(handle, [request], pieces=bool(ask.stream))
         if ask.stream:
             stream = _Stream(ask)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from anyio import to_thread
-
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.runtime.language import LanguageModel
+from jaxinfer.serving.aside import aside
 from jaxinfer.serving.openai.conversation import prompt_of
 from jaxinfer.serving.openai.models import find_language
 from jaxinfer.serving.openai.wire import Detokenized, DetokenizeRequest, TokenizeRequest, Tokens
@@ -18,11 +17,11 @@ class Tokenizing:
 
     async def tokenize(self, ask: TokenizeRequest) -> Tokens:
         _, model = find_language(self.site, ask.model)
-        return await to_thread.run_sync(_tokens, ask, model)
+        return await aside(lambda: _tokens(ask, model))
 
     async def detokenize(self, ask: DetokenizeRequest) -> Detokenized:
         _, model = find_language(self.site, ask.model)
-        return Detokenized(await to_thread.run_sync(
+        return Detokenized(await aside(
             lambda: model.tokenizer.decode(ask.tokens, skip_special=False)))
 
 
