@@ -108,7 +108,7 @@ def serving(name: str, command: list[Any], port: int, ready: str) -> Iterator[Se
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
-            models = json.load(response)["models"].values()
+            models = json.load(response).get("models", {}).values()  # of which llama-server says nothing
             coming = [model["programs"] for model in models if "programs" in model]  # in the background
             return all(one["ready"] + len(one.get("failed", ())) == one["total"] for one in coming)
     except (urllib.error.URLError, OSError):
@@ -125,7 +125,8 @@ def ours(model: Path, *options: Any):
     port, program = free_port(), "from jaxinfer.cli import main; main()"
     native = any("bf16" in name for name in machine()["instructions"])
     command = [sys.executable, "-c", program, "serve", f"{MODEL}={model}", "--port", port, "--max-rows", ROWS,
-               "--max-context", CONTEXT, "--dtype", "bfloat16" if native else "float32", *options]
+               "--max-context", CONTEXT, "--dtype", "bfloat16" if native else "float32", "--quantize", "w8a8",
+               *options]
     return serving("jaxinfer", command, port, "/readyz")
 
 
@@ -228,7 +229,8 @@ def load(servers: list[Served], asks: Questions, shares: tuple[float, ...], seco
             time.sleep(1)  # for what was hung up on
     most, full = max(shares), min(shares, key=lambda share: abs(share - 1))
     flooded, busy = outcomes[most, "jaxinfer"], outcomes[full, "jaxinfer"]
-    body = (f"Questions of {WORDS} words, answers of {NEW} tokens, {ROWS} rows; jaxinfer lets {WAITING} wait. A burst: "
+    body = (f"Questions of {WORDS} words, answers of {NEW} tokens, {ROWS} rows; jaxinfer (w8a8) lets {WAITING} wait. A "
+            "burst: "
             + ", ".join(f"{name} {rate:.2f} requests/s" for name, rate in capacity.items()) + ".\n\n"
             + table(["offered", "", *HEAD], lines, words=2)
             + "\n\nAsked: past saturation the accepted keep their latency, and the others get 429 at once. At "
