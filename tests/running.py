@@ -1,5 +1,6 @@
 """What tests do to a model that runs: wait for it, hold its engine still, make a step slow, look into its pages."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,16 @@ def all_free(lm) -> bool:
     pools = scheduler.tree.pools.items()
     return (not scheduler.sequences and not engine.queue.waiting and not engine.queue.waiting_tokens
             and all(scheduler.tree.obtainable(name) == pool.size for name, pool in pools))
+
+
+def at_rest(lm) -> bool:
+    """Whether all is free, and nobody waits for anything."""
+    return all_free(lm) and not lm._delivery._tickets
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import jaxinfer as ji
 from jaxinfer.request import Output, Piece, Timings
 from jaxinfer.runtime.answer import Answer
-from tests.running import all_free, blocked, endings, eventually
+from tests.running import at_rest, blocked, endings, eventually
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
@@ -33,7 +33,7 @@ def nothing_is_left(request):
     yield
     if "lm" in request.fixturenames:
         lm = request.getfixturevalue("lm")
-        assert eventually(lambda: all_free(lm) and not lm._delivery._tickets), "something runs on"
+        assert eventually(lambda: at_rest(lm)), "something runs on"
 
 
 def same(*outputs):

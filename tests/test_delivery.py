@@ -11,7 +11,7 @@ import jaxinfer as ji
 from jaxinfer import events
 from jaxinfer.request import Sampling, Sequence
 from jaxinfer.runtime.delivery import Sample
-from tests.running import all_free, eventually, hooked
+from tests.running import all_free, at_rest, eventually, hooked
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
@@ -29,7 +29,7 @@ def nothing_is_left(request):
     yield
     if "lm" in request.fixturenames:
         lm = request.getfixturevalue("lm")
-        assert eventually(lambda: all_free(lm) and not lm._delivery._tickets), "something runs on"
+        assert eventually(lambda: at_rest(lm)), "something runs on"
 
 
 # Stop strings.

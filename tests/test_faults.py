@@ -18,7 +18,7 @@ import jaxinfer as ji
 from jaxinfer import events as told
 from jaxinfer.serving import command
 from jaxinfer.serving.dashboard import state
-from tests.running import all_free, blocked, eventually
+from tests.running import all_free, at_rest, blocked, eventually, free_port
 from tests.serving import Command, client, events
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -37,7 +37,7 @@ def lm(tiny_path):
 @pytest.fixture(autouse=True)
 def nothing_is_left(lm):
     yield
-    assert eventually(lambda: all_free(lm) and not lm._delivery._tickets), "something runs on"
+    assert eventually(lambda: at_rest(lm)), "something runs on"
 
 
 @contextmanager
@@ -61,11 +61,6 @@ def ending(parts) -> dict:
     *_, last, done = [data for _, data in parts]
     assert done == "[DONE]"
     return json.loads(last)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
 
 
 # --- clients ---

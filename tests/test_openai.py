@@ -11,7 +11,7 @@ import pytest
 
 import jaxinfer as ji
 from jaxinfer.serving.openai.feed import Feed
-from tests.running import all_free, blocked, eventually, hooked
+from tests.running import at_rest, blocked, eventually, hooked
 from tests.serving import CITY, CLOCK, TOOLS_TEMPLATE, WEATHER, chunks, client, events
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -39,7 +39,7 @@ def http(lm):
 @pytest.fixture(autouse=True)
 def pages_return(lm):
     yield
-    assert eventually(lambda: all_free(lm) and not lm._delivery._tickets), "something runs on"
+    assert eventually(lambda: at_rest(lm)), "something runs on"
 
 
 def post(http, path, body, status=200):
@@ -380,7 +380,7 @@ def test_clients_that_hang_up_by_the_hundred_leave_nothing_behind(http, lm):
         else:
             with pytest.raises(Exception, match="timed out"):
                 http.post("/v1/completions", json=ASK | {"max_tokens": 240, "n": 2}, timeout=0.02)
-    assert eventually(lambda: all_free(lm) and not lm._delivery._tickets)
+    assert eventually(lambda: at_rest(lm))
     assert post(http, "/v1/completions", ASK)["choices"]
 
 

@@ -17,7 +17,7 @@ from jaxinfer.kernels import init_pages, tracing
 from jaxinfer.request import Sampling, Sequence
 from jaxinfer.runtime.pack import Packer
 from jaxinfer.scheduler import Began, Plan
-from tests.running import all_free, eventually
+from tests.running import at_rest, eventually
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
@@ -35,7 +35,7 @@ def nothing_is_left(request):
     yield
     if "lm" in request.fixturenames:
         lm = request.getfixturevalue("lm")
-        assert eventually(lambda: all_free(lm) and not lm._delivery._tickets), "something runs on"
+        assert eventually(lambda: at_rest(lm)), "something runs on"
 
 
 # The arrays.

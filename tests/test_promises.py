@@ -26,7 +26,7 @@ from jaxinfer.request import Piece, Sequence
 from jaxinfer.runtime.answer import Answer
 from jaxinfer.runtime.delivery import Ticket
 from jaxinfer.runtime.pack import Packer
-from tests.running import all_free, blocked, endings, eventually, hooked
+from tests.running import all_free, at_rest, blocked, endings, eventually, hooked
 
 LOAD = dict(max_context=256, max_rows=6, batch_invariant=True)
 PROMPTS = ["The sky is blue because", "Once upon a time", "x", "w1 w2 w3 w4 w5 w6 w7", "Привет, мир! 你好", "a" * 80,
@@ -55,7 +55,7 @@ def nothing_is_left(request):
     yield
     for name in {"lm", "any_lm"} & set(request.fixturenames):
         model = request.getfixturevalue(name)
-        assert eventually(lambda model=model: all_free(model) and not model._delivery._tickets), "something is left"
+        assert eventually(lambda model=model: at_rest(model)), "something is left"
 
 
 def how(i=0, count=12, **options):

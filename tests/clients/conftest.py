@@ -19,6 +19,7 @@ import pytest
 
 from tests.clients.smollm2 import taught_tools
 from tests.collector import Received, collector
+from tests.running import free_port
 
 NAME, KEY, TOKEN = "smollm2", "sk-of-these-tests", "token-of-these-tests"
 ROWS, WAITING = 2, 6
@@ -109,12 +110,6 @@ def loaded(served: Served, name: str, source: object, options: dict) -> str:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def answers(port: int) -> bool:

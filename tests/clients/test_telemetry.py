@@ -10,8 +10,6 @@ from tests.clients.conftest import KEY, NAME, QUESTION, await_that
 from tests.collector import attributes, metrics, records, spans
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-
-
 NEW = [{"role": "user", "content": "Which river flows through Vienna and through Budapest?"}]  # no page of it is kept
 
 

@@ -15,22 +15,19 @@ pytestmark = [pytest.mark.parity, pytest.mark.smollm2]
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Russia": "Moscow", "Germany": "Berlin",
             "Egypt": "Cairo", "Greece": "Athens", "Norway": "Oslo", "Kenya": "Nairobi", "Cuba": "Havana",
             "Canada": "Ottawa", "Australia": "Canberra"}
-CHOICE = """task: capitals
-dataset_path: json
+LINES = """dataset_path: json
 dataset_kwargs: {{data_files: {{test: {lines}}}, cache_dir: {cache}}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "The capital of {{{{country}}}} is"
+"""
+CHOICE = LINES + """task: capitals
+output_type: multiple_choice
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: right
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
-SAID = """task: said
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {lines}}}, cache_dir: {cache}}}
-test_split: test
+SAID = LINES + """task: said
 output_type: generate_until
-doc_to_text: "The capital of {{{{country}}}} is"
 doc_to_target: "{{{{capital}}}}"
 generation_kwargs: {{until: [".", ","], max_gen_toks: 4}}
 metric_list: [{{metric: exact_match}}]

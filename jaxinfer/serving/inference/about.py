@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-import anyio.to_thread
-
 from jaxinfer.errors import ModelNotFound
+from jaxinfer.serving.aside import aside
 from jaxinfer.serving.inference.datatypes import short
 from jaxinfer.serving.inference.models import Face, Tensor, face_of
 from jaxinfer.serving.inference.question import find
@@ -27,7 +26,7 @@ def server_metadata(shared_memory: bool) -> dict[str, Any]:
 async def model_metadata(site: Site, name: str, version: str) -> dict[str, Any]:
     """Raises ModelNotFound, or InvalidRequest for a model of another protocol."""
     face = face_of(name, find(site, name, version).model)
-    return await anyio.to_thread.run_sync(_told, site, name, face)  # the first look costs a trace
+    return await aside(lambda: _told(site, name, face))  # the first look costs a trace
 
 
 def _told(site: Site, name: str, face: Face) -> dict[str, Any]:
@@ -61,7 +60,6 @@ def repository(site: Site) -> list[dict[str, str]]:
         rows.append({"name": name, "version": "", "state": "UNAVAILABLE" if failed else "LOADING",
                      "reason": str(loading.error) if failed else ""})
     return rows
-
 
 
 def told(region: Region) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-import anyio.to_thread
 import numpy as np
 
 from jaxinfer import events
 from jaxinfer.errors import Closed, InvalidRequest, ModelNotFound, RequestFailed, StepFailed
 from jaxinfer.runtime.registry import ModelVersion
-from jaxinfer.serving.aside import begun_aside, withdraw
+from jaxinfer.serving.aside import aside, begun_aside, withdraw
 from jaxinfer.serving.inference.datatypes import short
 from jaxinfer.serving.inference.models import OPEN, Face, Rows, Tensor, columns_of, face_of, requests_of
 from jaxinfer.serving.openai.models import find as find_handle
@@ -145,7 +144,7 @@ async def _ask(version: ModelVersion, face: Face, question: Question) -> Answer:
             results = [reply.result() if reply.done() else await reply for reply in replies]
         except StepFailed:
             row = {name: array[0, ...] if face.batched else array for name, array in question.arrays.items()}
-            await anyio.to_thread.run_sync(face.check, row)
+            await aside(partial(face.check, row))
             raise
         finally:
             withdraw(replies)
@@ -162,9 +161,9 @@ async def _ask(version: ModelVersion, face: Face, question: Question) -> Answer:
     return Answer(question, number, _outputs(face, columns, question), copied)
 
 
-async def aside(nbytes: int, work: Callable[[], Any]) -> Any:
+async def by_size(nbytes: int, work: Callable[[], Any]) -> Any:
     """Work on so many bytes: in another thread than the event loop's if it takes long."""
-    return await begun_aside(work, lambda _: None) if nbytes > LARGE else work()
+    return await aside(work) if nbytes > LARGE else work()
 
 
 def _queue(model: Any, face: Face, question: Question) -> list[Any]:

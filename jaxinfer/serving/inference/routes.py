@@ -17,7 +17,7 @@ from jaxinfer.alignment import ALIGNMENT, aligned
 from jaxinfer.errors import InvalidRequest, JaxinferError
 from jaxinfer.serving.inference.about import is_model_ready, is_ready, model_metadata, repository, server_metadata, told
 from jaxinfer.serving.inference.datatypes import short
-from jaxinfer.serving.inference.question import answer, aside
+from jaxinfer.serving.inference.question import answer, by_size
 from jaxinfer.serving.inference.regions import Regions
 from jaxinfer.serving.inference.rest import grouped, read, write
 from jaxinfer.serving.operations import while_here
@@ -74,10 +74,10 @@ class Operations:
         return await while_here(request.receive, self._infer(*_model(request), body, header, copied))
 
     async def _infer(self, model: str, version: str, body: memoryview, header: int | None, received: int) -> Any:
-        question = await aside(len(body), partial(read, model, version, body, header, self.regions))
+        question = await by_size(len(body), partial(read, model, version, body, header, self.regions))
         question.copied += received
         found = await answer(self.site, question)
-        head, pieces, copied = await aside(found.nbytes, partial(write, found))
+        head, pieces, copied = await by_size(found.nbytes, partial(write, found))
         groups, joined = grouped([head, *pieces])
         found.leaves("http", copied + joined)
         return Pieces(groups, len(head) if pieces else None)

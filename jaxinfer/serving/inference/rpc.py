@@ -16,7 +16,7 @@ import grpc.aio
 from jaxinfer.errors import InvalidOption, JaxinferError, Rejected
 from jaxinfer.serving.inference.about import is_model_ready, is_ready, model_metadata, server_metadata, told
 from jaxinfer.serving.inference.proto import read, write
-from jaxinfer.serving.inference.question import answer, aside
+from jaxinfer.serving.inference.question import answer, by_size
 from jaxinfer.serving.inference.regions import Regions
 from jaxinfer.serving.inference.schema import CLASSES, SERVICE
 from jaxinfer.serving.inference.wire import write_streamed
@@ -93,11 +93,11 @@ class Service:
         return CLASSES["ModelMetadataResponse"](**said)
 
     async def infer(self, request: bytes, context: Any) -> bytes:
-        question = await aside(len(request), lambda: read(request, self.regions))
+        question = await by_size(len(request), lambda: read(request, self.regions))
         if (left := context.time_remaining()) is not None:  # nobody waits longer
             question.options["timeout"] = min(question.options.get("timeout", left), max(left, 0.001))
         found = await answer(self.site, question)
-        data, copied = await aside(found.nbytes, lambda: write(found))
+        data, copied = await by_size(found.nbytes, lambda: write(found))
         found.leaves("grpc", copied)
         return data
 
