@@ -113,7 +113,7 @@ def test_an_engine_killed_under_load_fails_who_ran_and_serves_who_waited(lm):
         lm._engine._post(lambda: 1 / 0)
         assert ending(running)["error"]["type"] == "server_error"
         assert [answer.result(60).json()["choices"][0]["text"] for answer in waiting] == [expected] * 8
-        assert http.get("/readyz").status_code == 200
+        assert eventually(lambda: http.get("/readyz").status_code == 200)
 
 
 # --- disks ---

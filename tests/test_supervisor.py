@@ -95,8 +95,9 @@ def test_a_thread_stands_still_after_ten_times_what_is_usual_and_five_seconds_at
     thread.pulse = object()
     look(4.8)
     assert not thread.revived and watching.trouble(model) is None
-    look(0.6)
+    look(0.4)
     assert len(thread.revived) == 1 and "has not got on for 5.0 s" in thread.revived[0]
+    assert watching.trouble(model) is None  # the other thread serves from here on, not from the next look
     thread.pulse, thread.takes = object(), 1.0
     look(9.6)
     assert len(thread.revived) == 1 and watching.trouble(model) is None

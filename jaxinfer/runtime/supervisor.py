@@ -112,18 +112,19 @@ class Supervisor:
         watch.trouble = why
         while watch.revived and watch.revived[0] < now - WINDOW:
             watch.revived.popleft()
-        revived = False
         try:
             if len(watch.revived) >= MOST:
                 raise JaxinferError(f"it has been started again {MOST} times in {WINDOW / 60:.0f} minutes")
-            if not heart.revive(watch.pulse, why):
+            revived = heart.revive(watch.pulse, why)
+            watch.trouble = None
+            if not revived:
                 return
             watch.revived.append(now)
-            watch.pulse, watch.still, revived = None, 0.0, True
+            watch.pulse, watch.still = None, 0.0
         except Exception as error:
             watch.hopeless, watch.trouble = True, f"{why}, and it was not started again: {error}"
             heart.give_up(watch.trouble)
-        events.emit(events.Stopped(name, watch.trouble, revived))
+        events.emit(events.Stopped(name, watch.trouble or why, revived=watch.trouble is None))
 
 
 DEAD = "a thread that serves it has ended"
