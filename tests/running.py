@@ -12,7 +12,7 @@ from jaxinfer.compiler import Key
 IN_HASTE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for another process: what the fixture `in_haste` is for this one
 
 
-def eventually(condition: Callable[[], object], seconds: float = 20) -> object:
+def eventually(condition: Callable[[], object], seconds: float = 60) -> object:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)

@@ -3,6 +3,7 @@ abstract shapes. Nothing is autotuned then, but what is fused, aliased and kept 
 
 import json
 import re
+from functools import partial
 from math import prod
 
 import jax
@@ -13,6 +14,7 @@ from bench import tune
 from jaxinfer.compiler import Executables, Key, stored
 from jaxinfer.compiler.buckets import Bucket, decode, prompt
 from jaxinfer.compiler.hardware import HARDWARE, compiling_for, cuda_device
+from jaxinfer.kernels import quantised, routed_ffn, tracing
 from jaxinfer.runtime.ahead import _for_device, _gpu_of
 from tests import tiny
 from tests.elsewhere import compiled, programs
@@ -81,6 +83,23 @@ def test_no_step_copies_weights_or_pages(h100, how, kernels, buckets):
         smallest = min(x.size for x in weights + pages)
         assert not {text: size for text, size in made(program.as_text()).items() if size >= smallest}, bucket
     executables.close()
+
+
+@pytest.mark.parametrize("tokens", [8, 2048])
+@pytest.mark.parametrize("format", [None, quantised.INT8, quantised.INT4, quantised.FP8],
+                         ids=lambda format: format and format.name)
+def test_no_expert_is_copied_or_widened_in_memory(h100, format, tokens):
+    E, A, D, F = 8, 2, 4096, 14336  # Mixtral's
+    of = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
+    stack = lambda *shape: quantised.blank(format, shape, "bfloat16") if format else of(*shape, dtype="bfloat16")
+    args = (of(tokens, D, dtype="float32"), of(tokens, A, dtype="int32"), of(tokens, A, dtype="float32"),
+            stack(E, 2 * F, D), stack(E, D, F))
+    here = jax.tree.map(lambda x: x.update(sharding=SingleDeviceSharding(h100)), args)
+    with tracing("gpu", kind=h100.device_kind) as trace, compiling_for(h100, None):
+        program = jax.jit(partial(routed_ffn, activation=jax.nn.silu)).lower(*here).compile()
+    assert trace.chosen["routed_ffn"] == "triton"
+    made_by_tokens = 4 * tokens * A * (F + 2 * D)
+    assert program.memory_analysis().temp_size_in_bytes < made_by_tokens + 2**20
 
 
 @pytest.mark.parametrize("name", ["few_int8/1/16", "few_int4_gated/1/16", "routed_down/1/128"])

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 import jaxinfer as ji
 from jaxinfer import events
@@ -98,8 +98,9 @@ def test_a_mesh_takes_devices_by_their_kind(tiny_path):
 
 
 @eight
-@pytest.mark.parametrize("config, quantize", [(tiny.PLAIN, None), (tiny.PLAIN, "int8"), (tiny.ROUTED, None)],
-                         ids=["plain", "int8", "with experts"])
+@pytest.mark.parametrize("config, quantize", [(tiny.PLAIN, None), (tiny.PLAIN, "int8"), (tiny.ROUTED, None),
+                                               (tiny.ROUTED, "int8")],
+                         ids=["plain", "int8", "with experts", "with experts in int8"])
 @pytest.mark.parametrize("form", ["as it was", *FORMATS])
 def test_every_device_s_piece_is_read_alone_and_the_weights_are_those_of_one_device(
         tmp_path, monkeypatch, form, config, quantize):
@@ -121,7 +122,9 @@ def test_every_device_s_piece_is_read_alone_and_the_weights_are_those_of_one_dev
     place = on(2, graph)
     found = load_params(graph, checkpoint.tensors, put=place.put, **how)
     if form != "orbax":  # where a weight that is cut into columns is quantised, its rows are read whole, and once too
-        assert sum(counts) == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        twice = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items()  # of a stack: rows to their end
+                    if name.endswith("gate_up.scale") and len(tensor.shape) == 2)
+        assert sum(counts) == sum(tensor.nbytes for tensor in checkpoint.tensors.values()) + twice
         assert max(counts) <= max(tensor.nbytes for tensor in checkpoint.tensors.values()) / 2
     wanted = load_params(graph, checkpoint.tensors, **how)
     for x, y in zip(jax.tree.leaves(over_leaves(place.restore, graph.spec, found)), jax.tree.leaves(wanted),
@@ -230,16 +233,24 @@ def test_the_tokens_are_those_of_one_device(tiny_path, alone, mesh):
 
 
 @eight
-@pytest.mark.parametrize("how", [{}, {"quantize": "int8"}], ids=["float32", "int8"])
+@pytest.mark.parametrize("how", [{}, {"quantize": "int8"}, {"quantize": "int4"}], ids=["float32", "int8", "int4"])
 def test_so_are_they_where_experts_are_shared(tmp_path, how):
-    path = tiny.write(tmp_path, tiny.ROUTED)
+    path = tiny.write(tmp_path, {**tiny.ROUTED, "moe_intermediate_size": 256})
     with load(path, **how) as one, load(path, mesh={"model": 2}, **how) as lm:
         assert answers(lm) == answers(one)
         jax.tree.map(np.testing.assert_array_equal, lm.params, one.params)
         layer = lm._stored["blocks"][1]
-        shares = [{shard.data.size * 2 == layer[name].size for shard in layer[name].addressable_shards}
-                  for name in ("gate_up", "down")]
-        assert shares == [{True}, {True}], "a device has more than its half of the experts"
+        numbers = [x.values if how else x for x in (layer["gate_up"], layer["down"])]
+        shares = {shard.data.size * 2 == x.size for x in numbers for shard in x.addressable_shards}
+        assert shares == {True}, "a device has more than its half of the experts"
+
+
+def test_experts_that_int4_packs_across_a_cut_are_whole_on_each_device():
+    """192 columns are packed 64 together: three of these have no half, and 192 columns have."""
+    graph = architecture({**tiny.ROUTED, "moe_intermediate_size": 192}, max_context=128).graph()
+    pair = AbstractMesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    assert "3 times 64 columns, which int4 packs" in spread(graph, pair, "int4").replicated["ffn"]
+    assert not spread(graph, pair, "int8").replicated and not spread(graph, pair).replicated
 
 
 @eight

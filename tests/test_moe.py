@@ -15,11 +15,12 @@ import jaxinfer as ji
 from jaxinfer.graphs.decoder import ACTIVATIONS
 from jaxinfer.kernels import moe, moe_gpu, route, routed_ffn, tracing
 from jaxinfer.kernels.moe_gpu import Tile, Tiling
+from jaxinfer.kernels.quantised import FP8, INT4, INT8, Format, Quantised, blank, quantise
 from jaxinfer.kernels.tuned import trying
 from jaxinfer.testing import SEEDS
 from tests import tiny
 
-E, A, D, F = 5, 2, 16, 24
+E, A, D, F, WIDE = 5, 2, 16, 24, 128
 WAYS = ["blocks", "triton", "chunks", "reference"]
 SHAPES = [1, 40]  # tokens: one, more than a block
 
@@ -100,6 +101,30 @@ def test_neighbours_change_no_bit_of_a_tokens_result(how, dtype, data):
     assert np.isfinite(alone).all()
 
 
+@cache
+def quantised(format: Format) -> tuple[Quantised, Quantised]:
+    """Experts whose sizes are whole blocks of a GPU's kernels."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: quantise(rng.normal(size=shape) * shape[-1] ** -0.5, blank(format, shape, "bfloat16"))
+    return draw(E, 2 * WIDE, WIDE), draw(E, WIDE, WIDE)
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("format", [INT8, INT4, FP8], ids=lambda format: format.name)
+@given(data=st.data())
+def test_every_way_asks_quantised_experts_as_what_they_stand_for(how, format, data):
+    T, rng = 40, np.random.default_rng(data.draw(SEEDS))
+    x, weight = rng.normal(size=(T, WIDE)).astype(np.float32), rng.random((T, A)).astype(np.float32)
+    expert = data.draw(routings(T))
+    nobody = np.setdiff1d(np.arange(E), expert)
+    broken = [jax.tree.map(np.copy, w) for w in quantised(format)]
+    for w in broken:
+        w.scale[nobody] = np.nan
+    found = np.asarray(compiled(how, format.name)(x, expert, weight, *broken))
+    expected = plain(x, expert, weight, *(np.asarray(w.dequantised()) for w in quantised(format)))
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
 @settings(max_examples=settings().max_examples // 4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_grouped_matmul_of_tpus_does_in_interpret_mode_what_the_reference_does(capfd, data):
@@ -167,13 +192,16 @@ def test_a_block_for_gpus_has_twice_an_experts_rows_within_limits_and_tiles_as_m
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_what_the_kernels_for_gpus_take_becomes_triton(name):
+@pytest.mark.parametrize(("name", "format"), [
+    *((name, None) for name in ACTIVATIONS), *(("silu", format) for format in (INT8, INT4, FP8))],
+    ids=lambda of: of if isinstance(of, str) else of and of.name)
+def test_what_the_kernels_for_gpus_take_becomes_triton(name, format):
     """Without a GPU: Mixtral's shape, as far as Pallas compiles it."""
     T, E, A, D, F = 128, 8, 2, 4096, 14336
     shape, activation = jax.ShapeDtypeStruct, ACTIVATIONS[name]
+    stack = lambda *of: blank(format, of, "bfloat16") if format else shape(of, "bfloat16")
     args = (shape((T, D), "float32"), shape((T, A), "int32"), shape((T, A), "float32"),
-            shape((E, 2 * F, D), "bfloat16"), shape((E, D, F), "bfloat16"))
+            stack(E, 2 * F, D), stack(E, D, F))
     a_gpu = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H200", 132, platform="cuda"))
     with tracing("gpu") as trace, use_abstract_mesh(a_gpu):
         step = jax.jit(partial(routed_ffn, activation=activation)).trace(*args).lower(lowering_platforms=("cuda",))

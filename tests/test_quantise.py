@@ -103,6 +103,8 @@ def test_which_leaves_are_quantised_is_data():
     assert [format_of(leaf(), scheme) for scheme in (None, *SCHEMES)] == [None, INT8, INT8, INT4, FP8]
     assert {format_of(Leaf((64, 96), ("vocab", "embed"), "w"), scheme) for scheme in SCHEMES} == {INT8}
     assert {format_of(Leaf((64, 96), (None, "embed"), "w"), scheme) for scheme in SCHEMES} == {None}
+    experts = Leaf((4, 64, 96), ("expert", "ffn", "embed"), "w")
+    assert [format_of(experts, scheme) for scheme in SCHEMES] == [INT8, INT8, INT4, FP8]
     assert {format_of(leaf(exact=True), scheme) for scheme in SCHEMES} == {None}
     assert format_of(Leaf((64, 40), ("ffn", "embed"), "w"), "int4") is INT8, "40 inputs are no whole groups of 32"
 
@@ -274,6 +276,24 @@ def test_a_quantised_model_is_smaller_and_finds_the_same_likely(tiny_path, float
         chosen = {op: how for entry in lm.ledger for op, how in entry.kernels.items()}
         assert chosen["matmul_int8"] == ("w8a8" if scheme == "w8a8" else "w8a16") and "matmul" not in chosen
         assert scheme in ("int8", "w8a8") or chosen[f"matmul_{scheme}"] == "in_slices"
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory):
+    """A model whose experts are most of it, in float32 and its path."""
+    path = tiny.write(tmp_path_factory.mktemp("routed"), {**tiny.ROUTED, "moe_intermediate_size": 128})
+    with ji.load(path, **HOW) as lm:
+        yield path, likeliest(lm), planning.held(lm.params)
+
+
+@pytest.mark.parametrize(("scheme", "near", "share"), [("int8", 0.7, 0.3), ("int4", 1.4, 0.25), ("fp8", 0.7, 0.3)])
+def test_so_does_one_with_experts(routed, scheme, near, share):
+    path, wanted, nbytes = routed
+    with ji.load(path, quantize=scheme, **HOW) as lm:
+        assert planning.held(lm.params) == planning.nbytes(lm.graph.spec, jnp.float32, scheme) < share * nbytes
+        for found, expected in zip(likeliest(lm), wanted, strict=True):
+            shared, distance = apart(found, expected)
+            assert shared > 12 and 0 < distance < near
 
 
 @pytest.mark.parametrize("scheme", ["int8", "w8a8"])

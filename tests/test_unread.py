@@ -115,3 +115,17 @@ def test_parts_of_a_weight_that_is_quantised_while_it_is_read_are_read_together_
         assert (part.shape, part.dtype) == (whole.shape, whole.dtype)
         np.testing.assert_array_equal(part[rows,], whole[rows])
     assert tensor.read_of_it == len(range(24)[rows]) * 64 and not weight._made
+
+
+@pytest.mark.parametrize("format", [INT8, INT4, FP8], ids=lambda format: format.name)
+@given(data=st.data())
+def test_of_a_stack_of_matrices_that_is_quantised_some_rows_are_read_too(format, data):
+    """Each expert's in a tensor of its own; a device's rows are every expert's, in an order of their own."""
+    tensors = [Counted(numbers(8, 64)) for _ in range(3)]
+    weight = Rounded(Unread((3, 8, 64), BF16, tuple(tensors)), format, BF16, "here", "w")
+    wanted = quantise(np.stack([tensor.array for tensor in tensors]), blank(format, (3, 8, 64), BF16))
+    rows = data.draw(st.sampled_from([slice(0, 4), slice(4, 8), slice(None), np.array([0, 1, 4, 5])]))
+    for part, whole in zip(jax.tree.leaves(weight.parts()), jax.tree.leaves(wanted), strict=True):
+        assert (part.shape, part.dtype) == (whole.shape, whole.dtype)
+        np.testing.assert_array_equal(part[:, rows], whole[:, rows])
+    assert sum(tensor.read_of_it for tensor in tensors) == 3 * len(np.arange(8)[rows]) * 64 and not weight._made

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxinfer.graph import Graph, Leaf
+from jaxinfer.kernels.quantised import format_of, lane
 
 RULES = {"heads": "model", "ffn": "model", "vocab": "model"}  # logical axis -> the mesh axis that divides it
 ORDER = threading.RLock()  # programs of several devices go to all of them in one order, or they wait for each other
@@ -112,12 +113,12 @@ class Placement:
         return f"{size}: {cut or 'nothing is cut'}{why}"
 
 
-def spread(graph: Graph, mesh: Mesh | AbstractMesh) -> Placement:
+def spread(graph: Graph, mesh: Mesh | AbstractMesh, quantize: str | None = None) -> Placement:
     """The placement of `graph` on `mesh`: an axis of RULES is cut if every leaf that has it, part by part, and for
     "heads" the KV heads of every state group, can be. Of an abstract mesh it is a placement of shapes alone."""
     axes, replicated = {}, {}
     for axis, name in RULES.items():
-        n, sizes = mesh.shape.get(name, 1), tuple(_sizes(graph, axis))
+        n, sizes = mesh.shape.get(name, 1), tuple(_sizes(graph, axis, quantize))
         wrong = next((f"{size} {what}" for size, what in sizes if size % n), None)
         if wrong:
             replicated[axis] = f"{wrong} cannot be divided by {name}={n}"
@@ -127,7 +128,7 @@ def spread(graph: Graph, mesh: Mesh | AbstractMesh) -> Placement:
     return Placement(device, mesh, axes, replicated)
 
 
-def _sizes(graph: Graph, axis: str) -> Iterator[tuple[int, str]]:
+def _sizes(graph: Graph, axis: str, quantize: str | None) -> Iterator[tuple[int, str]]:
     """What must be divided so that a logical axis is."""
     if axis == "heads":
         yield from ((group.kv_heads, "key-value heads") for group in graph.groups)
@@ -136,6 +137,9 @@ def _sizes(graph: Graph, axis: str) -> Iterator[tuple[int, str]]:
             if name == axis:
                 sizes = leaf.parts if d == leaf.outputs and leaf.parts else (leaf.shape[d],)
                 yield from ((size, f"{'columns' if d > leaf.outputs else 'rows'} of {leaf.names[0]}") for size in sizes)
+                if d == 2 and (format := format_of(leaf, quantize)) and format.group:  # each device unpacks its own
+                    together = 4 * lane(leaf.shape[d])
+                    yield leaf.shape[d] // together, f"times {together} columns, which int4 packs, of {leaf.names[0]}"
 
 
 def interleaved(parts: Sequence[int], shards: int) -> np.ndarray:

@@ -155,8 +155,8 @@ def _product(dtype: Any) -> str:
 def _piece(x: Any) -> tuple[int, ...]:
     """The shape of a weight on one device."""
     if isinstance(x, Quantised):
-        rows, whole = _piece(x.values)[0], x.shape
-        return (rows, whole[1] * _piece(x.values)[1] // x.values.shape[1])
+        *rows, inputs = _piece(x.values)
+        return (*rows, x.shape[-1] * inputs // x.values.shape[-1])
     return x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
 
 

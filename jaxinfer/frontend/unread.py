@@ -105,7 +105,8 @@ class Unread:
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A weight that is quantised while it is read, some rows at a time, and so never held as floats. `parts()` are
-    read where they are cut, rows alone: what was made for one part waits for the others."""
+    read where they are cut, rows alone (of a stack, rows of its matrices): what was made for one part waits for the
+    others."""
 
     floats: Unread
     format: Format
@@ -128,7 +129,7 @@ class Rounded:
         return getattr(weight, name)
 
     def _quantised(self, rows: np.ndarray) -> Quantised:
-        out = blank(self.format, (len(rows), *self.floats.shape[1:]), self.dtype, aligned)
+        out = blank(self.format, (len(rows), self.floats.shape[-1]), self.dtype, aligned)
         step = rows_at_once(out.shape)
         for start, piece in self.floats.pieces(rows):
             for i in range(0, len(piece), step):
@@ -149,8 +150,12 @@ class Part:
     name: str
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        rows, *deeper = _cuts(index, self.shape)
-        return self.weight.take(self.name, np.arange(self.shape[0])[rows])[(ALL, *deeper)]
+        cuts, outer = _cuts(index, self.shape), len(self.weight.floats.shape) - 1
+        numbers = np.arange(math.prod(self.shape[:outer])).reshape(self.shape[:outer])
+        for axis, cut in enumerate(cuts[:outer]):
+            numbers = numbers[(ALL,) * axis + (cut,)]
+        taken = self.weight.take(self.name, numbers.ravel())
+        return taken.reshape(*numbers.shape, *taken.shape[1:])[(ALL,) * outer + cuts[outer:]]
 
 
 def _cuts(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from jaxinfer.kernels.quantised import INT4, INT8, Quantised
 from jaxinfer.kernels.triton import call, dot, load, power, store
 from jaxinfer.kernels.tuned import tuned
 
+GROUP: int = INT4.group  # type: ignore[assignment]  # int4 has groups; as many words come together
 RANGE = 16.0  # what activations are divided by to be float16, which so holds a million
 
 
@@ -60,79 +61,85 @@ def few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable | Non
 
     Activations are rounded to the weights' dtype, and against weights of eight and four bits to float16, as these are.
     """
-    format = w_OI.format if isinstance(w_OI, Quantised) else None
+    format = format_of(w_OI)
     (T, I), O = x_TI.shape, w_OI.shape[0] // (2 if activation else 1)
     rows = max(TILE, power(T))
     size = blocks(rows, format, activation is not None)
     inputs = min(size.inputs, I & -I)  # whole blocks
     C = 1 if activation else min(power(-(-size.programs * size.outputs // O)), I // inputs)
     C = next(c for c in (C, C // 2, C // 4, 1) if c and not I // inputs % c)  # whole blocks each
-    one, read = {None: (inputs, _dense), INT8.name: (inputs, _int8), INT4.name: (INT4.group, _int4)}[format]
-    x_TI = (x_TI * RANGE**-1).astype(jnp.float16) if format else x_TI.astype(w_OI.dtype)
+    x_TI = operand(x_TI, w_OI)
     out = jax.ShapeDtypeStruct((C, T, O), w_OI.dtype if activation else jnp.float32)
-    kernel = partial(_few_kernel, rows=rows, outputs=size.outputs, inputs=inputs, one=one, read=read,
-                     activation=activation)
+    kernel = partial(_few_kernel, rows=rows, outputs=size.outputs, inputs=inputs, format=format, activation=activation)
     y_CTO = call(kernel, (size.warps, size.stages), grid=(O // size.outputs, C), out=out)(x_TI, *jax.tree.leaves(w_OI))
     return reduce(add, y_CTO)  # XLA does that while it does what comes next, as it would not with a sum over an axis
 
 
-def _few_kernel(x_ref, *refs, rows, outputs, inputs, one, read, activation):
-    """All tokens, some outputs (with an activation: two times as many), and one split of the inputs. `read` gives the
-    n-th block of weights as [O, b] for each dot of `one` inputs."""
+def _few_kernel(x_ref, *refs, rows, outputs, inputs, format, activation):
+    """All tokens, some outputs (with an activation: two times as many), and one split of the inputs."""
     *w_refs, y_ref = refs
     (o, c), (C, T, O), I = (pl.program_id(axis) for axis in range(2)), y_ref.shape, x_ref.shape[1]
-    t_T, o_O, b_b = jnp.arange(rows), o * outputs + jnp.arange(outputs), jnp.arange(one)
-    each, real = I // inputs // C, rows == T or t_T < T
+    t_T, o_O, one = jnp.arange(rows), o * outputs + jnp.arange(outputs), inputs_of_dot(format, inputs)
+    b_b, each, real = jnp.arange(one), I // inputs // C, rows == T or t_T < T
 
     def step(i, sums):
         n = c * each + i
         x_nTb = [load(x_ref, t_T[:, None], (n * inputs + b + b_b)[None], mask=real if real is True else real[:, None])
                  for b in range(0, inputs, one)]
-        w_nOb = [read(w_refs, half * O + o_O, n, inputs) for half in range(len(sums))]
+        w_nOb = [weights(w_refs, partial(_stream, half * O + o_O), n, inputs, format) for half in range(len(sums))]
         for x_Tb, *ws in zip(x_nTb, *w_nOb, strict=True):
             sums = tuple(y_OT + dot(w_Ob, x_Tb, trans_b=True) for y_OT, w_Ob in zip(sums, ws, strict=True))
         return sums
 
     start = (jnp.zeros((outputs, rows), jnp.float32),) * (2 if activation else 1)
-    sums = [y_OT * _unit(w_refs, half * O + o_O) for half, y_OT in enumerate(lax.fori_loop(0, each, step, start))]
+    scale = lambda half: lambda ref: plt.load(ref.at[half * O + o_O])[:, None]
+    sums = [y_OT * unit(w_refs, scale(half), format) for half, y_OT in enumerate(lax.fori_loop(0, each, step, start))]
     y_OT = activation(sums[0]) * sums[1] if activation else sums[0]
     store(y_ref, y_OT, c, t_T[None], o_O[:, None], mask=real if real is True else real[None])
 
 
-def _unit(refs, o_O):
-    """What sums are to be multiplied by: what activations were divided by, and a scale for each output."""
-    match refs:
-        case [_]:
-            return 1.0
-        case [_, scale_ref]:
-            return plt.load(scale_ref.at[o_O])[:, None] * RANGE
-    return RANGE
-
-
-def _dense(refs, o_O, n, inputs):
-    """One dot of all inputs, with the weights as they are."""
-    return [_stream(refs[0], o_O, n, inputs)]
-
-
-def _int8(refs, o_O, n, inputs):
-    """One dot of all inputs. The scales wait until the sums are made."""
-    return [_widened(_stream(refs[0], o_O, n, inputs))]
-
-
-def _int4(refs, o_O, n, inputs):
-    """A dot for each group."""
-    words_ref, *of_groups = refs
-    lane, groups = INT4.group, inputs // INT4.group
-    scale_gO, minimum_gO = (
-        [x_O1.reshape(x_O1.shape[0]) for x_O1 in lax.split(_stream(ref, o_O, n, groups), (1,) * groups, 1)]
-        for ref in of_groups)
-    words_nOb = [_stream(words_ref, o_O, n * (groups // 4) + i, lane) for i in range(groups // 4)]
-    return [_unpacked(words_nOb[g // 4], g % 4, scale_gO[g], minimum_gO[g]) for g in range(groups)]
-
-
-def _stream(ref, o_O, n, size):
+def _stream(o_O, ref, n, size):
     """Some rows' n-th `size` numbers, which nobody will read again."""
     return plt.load(ref.at[o_O[:, None], (n * size + jnp.arange(size))[None]], eviction_policy="evict_first")
+
+
+# What weights of any format are in a kernel, here and for experts.
+
+
+def format_of(w: jax.Array | Quantised) -> str | None:
+    """Of quantised weights; None of arrays."""
+    return w.format if isinstance(w, Quantised) else None
+
+
+def operand(x: jax.Array, w: jax.Array | Quantised) -> jax.Array:
+    """Activations as they meet these weights: in their dtype; in float16, as weights of eight and four bits come."""
+    return x.astype(w.dtype) if format_of(w) is None else (x * RANGE**-1).astype(jnp.float16)
+
+
+def inputs_of_dot(format: str | None, inputs: int) -> int:
+    """Of so many inputs of a block, how many one dot has: those of four bits take one for each group."""
+    return GROUP if format == INT4.name else inputs
+
+
+def weights(refs, stream: Callable, n, inputs: int, format: str | None) -> list:
+    """The n-th `inputs` of some outputs, as [O, b] for each dot; `stream(ref, n, size)` reads their n-th numbers."""
+    if format == INT4.name:
+        words_ref, *of_groups = refs
+        groups = inputs // GROUP
+        scale_gO, minimum_gO = (
+            [x_O1.reshape(x_O1.shape[0]) for x_O1 in lax.split(stream(ref, n, groups), (1,) * groups, 1)]
+            for ref in of_groups)
+        words_nOb = [stream(words_ref, n * (groups // 4) + i, GROUP) for i in range(groups // 4)]
+        return [_unpacked(words_nOb[g // 4], g % 4, scale_gO[g], minimum_gO[g]) for g in range(groups)]
+    numbers_Ob = stream(refs[0], n, inputs)
+    if format is None:
+        return [numbers_Ob]
+    return [_widened(numbers_Ob) if format == INT8.name else numbers_Ob.astype(jnp.float16)]
+
+
+def unit(refs, scale: Callable, format: str | None):
+    """What sums are to be multiplied by: what activations were divided by; with `scale(ref)`, the outputs' own."""
+    return 1.0 if format is None else RANGE if format == INT4.name else scale(refs[1]) * RANGE
 
 
 def _widened(numbers_Ob):

@@ -3,11 +3,13 @@
 Axes: T tokens, A experts chosen for each, E experts, D model width, F an expert's width, O its gates and ups (2 F),
 P pairs of a token and one of its experts (T A), B rows of a block. No expert has a capacity: whatever the router
 chooses is computed. Devices that share a model each have some of every expert's width, and a part of every answer.
+Experts are arrays, or `Quantised` stacks of matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,9 @@ from jax import lax
 
 from jaxinfer.kernels.matmul import in_triton, matmul
 from jaxinfer.kernels.op import Cut, Op
+from jaxinfer.kernels.quantised import FP8, Quantised
 
+Weight = jax.Array | Quantised
 CHUNK = 256  # tokens
 TILE = 512  # inputs and outputs of an expert that the TPU multiplies at a time
 
@@ -34,7 +38,7 @@ def route(x_TD: jax.Array, router_ED: jax.Array, valid_T: jax.Array, *, count: i
     return jnp.where(valid_T[:, None], expert_TA, router_ED.shape[0]), weight_TA
 
 
-def _expert(x_TD: jax.Array, gate_up_OD: jax.Array, down_DF: jax.Array, activation: Callable) -> jax.Array:
+def _expert(x_TD: jax.Array, gate_up_OD: Weight, down_DF: Weight, activation: Callable) -> jax.Array:
     """One expert's answer to each token: down(activation(gate) * up)."""
     gate_TF, up_TF = jnp.split(matmul(x_TD, gate_up_OD), 2, axis=1)
     return matmul(activation(gate_TF) * up_TF, down_DF)
@@ -77,6 +81,16 @@ def block_rows(tokens: int, pairs: int, experts: int) -> int:
     return min(tokens, max(8, min(128, 1 << (mean - 1).bit_length())))
 
 
+def _own(stack: Weight, e: jax.Array) -> Weight:
+    """One expert's weights. XLA's CPU backend would convert all of fp8 to take a piece of it: bytes are taken."""
+    def own(part: jax.Array) -> jax.Array:
+        if part.dtype == FP8.values:
+            return lax.bitcast_convert_type(own(lax.bitcast_convert_type(part, jnp.int8)), part.dtype)
+        return lax.dynamic_index_in_dim(part, e, keepdims=False)
+
+    return jax.tree.map(own, stack)
+
+
 def routed_ffn_blocks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, activation):
     """Walks over blocks of B tokens that chose one expert, as many as there are: an expert that nobody chose is not
     read, and no more than one expert's weights are ever copied. (XLA's CPU backend copies a slice: a third of the time
@@ -96,8 +110,7 @@ def routed_ffn_blocks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, acti
         nth_B = (i - ends_E[e] + blocks_E[e]) * B + jnp.arange(B)
         pair_B = pair_P[jnp.minimum(first_E[e] + nth_B, T * A - 1)]
         token_B = pair_B // A
-        own = lambda stack: lax.dynamic_index_in_dim(stack, e, keepdims=False)
-        y_BD = _expert(x_TD[token_B], own(gate_up_EOD), own(down_EDF), activation) * weight_P[pair_B][:, None]
+        y_BD = _expert(x_TD[token_B], _own(gate_up_EOD, e), _own(down_EDF, e), activation) * weight_P[pair_B][:, None]
         return y_TD.at[jnp.where(nth_B < count_E[e], token_B, T)].add(y_BD, mode="drop")
 
     return lax.fori_loop(0, ends_E[-1], ask, jnp.zeros_like(x_TD, jnp.float32))
@@ -123,9 +136,16 @@ def routed_ffn_grouped(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, act
     return jnp.where((expert_TA < E)[..., None], y_TAD * weight_TA[..., None], 0).sum(1)
 
 
-def takes_triton(*_, activation, **__) -> bool:
-    """With an activation that Pallas has in Triton."""
-    return in_triton(activation)
+def takes_grouped(x_TD: Any, expert_TA: Any, weight_TA: Any, gate_up_EOD: Weight, *_: Any, **__: Any) -> bool:
+    """Arrays."""
+    return not isinstance(gate_up_EOD, Quantised)
+
+
+def takes_triton(x_TD: Any, expert_TA: Any, weight_TA: Any, *stacks: Weight, activation: Callable, **_: Any) -> bool:
+    """With an activation that Pallas has in Triton; quantised in the place of numbers of two bytes, and in whole
+    blocks."""
+    return in_triton(activation) and all(
+        stack.dtype.itemsize == 2 and stack.shape[-1] % 128 == 0 for stack in stacks if isinstance(stack, Quantised))
 
 
 def routed_ffn_triton(*args, **options):
@@ -141,6 +161,7 @@ def cut_ffn(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF) -> Cut:
 
 
 routed_ffn = Op("routed_ffn", reference=routed_ffn_reference,
-                fast={"blocks": (("cpu",), routed_ffn_blocks), "triton": (("gpu",), routed_ffn_triton, takes_triton),
-                      "grouped": (("tpu",), routed_ffn_grouped), "chunks": (("gpu", "tpu"), routed_ffn_chunks)},
+                fast={"triton": (("gpu",), routed_ffn_triton, takes_triton),
+                      "grouped": (("tpu",), routed_ffn_grouped, takes_grouped),
+                      "blocks": (("cpu", "tpu"), routed_ffn_blocks), "chunks": (("gpu",), routed_ffn_chunks)},
                 cut=cut_ffn)

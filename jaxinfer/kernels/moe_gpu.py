@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxinfer.kernels.attention import TILE
+from jaxinfer.kernels.matmul_gpu import RANGE, format_of, inputs_of_dot, operand, unit, weights
 from jaxinfer.kernels.triton import call, dot, load, power, store
 from jaxinfer.kernels.tuned import tuned
 
@@ -58,10 +59,22 @@ TILINGS = (
 )
 
 
-def tiling_for(pairs: int, experts: int) -> Tiling:
+# With weights of eight and four bits: whole 128s of inputs, since four groups of int4 share their words.
+NARROW = (
+    Tiling(16, Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)),
+    Tiling(32, Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)),
+    Tiling(64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3)),
+    Tiling(128, Tile(64, 128, 8, 3), Tile(128, 128, 8, 3)),
+)
+
+
+def tiling_for(pairs: int, experts: int, format: str | None = None) -> Tiling:
     """The first whose blocks have twice the rows that an expert has on average, so that few experts have a second block
     and their weights are read once; or the last. Its tiles are those that were measured, where they were."""
-    tiling = next((tiling for tiling in TILINGS if tiling.rows * experts >= 2 * pairs), TILINGS[-1])
+    tilings = NARROW if format else TILINGS
+    tiling = next((tiling for tiling in tilings if tiling.rows * experts >= 2 * pairs), tilings[-1])
+    if format:
+        return tiling
     return tiling._replace(gate_up=tuned(f"routed_gate_up/1/{tiling.rows}", tiling.gate_up),
                            down=tuned(f"routed_down/1/{tiling.rows}", tiling.down))
 
@@ -78,26 +91,33 @@ class Blocks(NamedTuple):
 
 def routed_ffn_triton(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, activation, tiling: Tiling | None = None):
     """Reads the experts that somebody chose, once for each of their blocks, and no other. What a matmul is given is
-    rounded to the weights' dtype, and so is each expert's answer; sums are in float32.
+    rounded to the weights' dtype (to float16, where weights of eight and four bits are widened to it in registers), and
+    so is each expert's answer; sums are in float32.
 
     A row of a matmul does not know the other rows of its block: what shares it changes no bit.
     """
     (T, A), (E, D, F) = expert_TA.shape, down_EDF.shape
-    rows, gate_up, down = tiling or tiling_for(T * A, E)
+    format = format_of(gate_up_EOD)
+    rows, gate_up, down = tiling or tiling_for(T * A, E, format)
     blocks = by_blocks(expert_TA.reshape(-1), E, rows)
-    kernel = partial(_gate_up_kernel, activation=activation, choices=A, rows=rows)
-    h_PF = _multiplied(kernel, gate_up.within(F, D), blocks, x_TD.astype(gate_up_EOD.dtype), gate_up_EOD, outputs=F)
-    kernel = partial(_down_kernel, rows=rows)
-    y_PD = _multiplied(kernel, down.within(D, F), blocks, weight_TA.reshape(-1), h_PF, down_EDF, outputs=D)
+    h_dtype, by = (down_EDF.dtype, 1.0) if format is None else (jnp.float16, RANGE**-1)
+    kernel = partial(_gate_up_kernel, activation=activation, choices=A, rows=rows, format=format, by=by)
+    h_PF = _multiplied(kernel, gate_up.within(F, D), blocks, operand(x_TD, gate_up_EOD), gate_up_EOD,
+                       out=(F, h_dtype))
+    kernel = partial(_down_kernel, rows=rows, format=format_of(down_EDF))
+    y_PD = _multiplied(kernel, down.within(D, F), blocks, weight_TA.reshape(-1), h_PF, down_EDF,
+                       out=(D, down_EDF.dtype))
     y_TAD = jnp.where((expert_TA < E)[..., None], y_PD.reshape(T, A, D), 0).astype(jnp.float32)
     return sum(y_TAD[:, a] for a in range(A))
 
 
-def _multiplied(kernel, tile: Tile, blocks: Blocks, *arrays, outputs: int) -> jax.Array:
-    """What a kernel makes of each pair. Blocks of one expert run beside each other, and share what they read of it."""
+def _multiplied(kernel, tile: Tile, blocks: Blocks, *arrays, out: tuple) -> jax.Array:
+    """What a kernel makes of each pair: so many outputs, of a dtype. Blocks of one expert run beside each other, and
+    share what they read of it."""
+    (outputs, dtype), arrays = out, jax.tree.leaves(arrays)
     grid = len(blocks.expert_N), pl.cdiv(outputs, tile.outputs)
-    out = [jax.ShapeDtypeStruct((len(blocks.pair_P), outputs), arrays[-1].dtype)]
-    return call(partial(kernel, tile=tile), (tile.warps, tile.stages), grid=grid, out=out)(*blocks, *arrays)[0]
+    shape = [jax.ShapeDtypeStruct((len(blocks.pair_P), outputs), dtype)]
+    return call(partial(kernel, tile=tile), (tile.warps, tile.stages), grid=grid, out=shape)(*blocks, *arrays)[0]
 
 
 def by_blocks(expert_P: jax.Array, experts: int, rows: int) -> Blocks:
@@ -173,8 +193,11 @@ def _sides(rows, tile):
     return (True, second, first) if rows < WIDE <= tile.outputs else (False, first, second)
 
 
-def _gate_up_kernel(pair_ref, expert_ref, first_ref, end_ref, x_ref, w_ref, h_ref, *, activation, choices, rows, tile):
-    """Some of the gates and ups of one block: activation(gate) * up, at the places that its pairs were sorted to."""
+def _gate_up_kernel(pair_ref, expert_ref, first_ref, end_ref, x_ref, *refs, activation, choices, rows, format, by,
+                    tile):
+    """Some of the gates and ups of one block: activation(gate) * up, `by` what the other matmul wants, at the places
+    that its pairs were sorted to."""
+    *w_refs, h_ref = refs
     n, f_o, F = pl.program_id(0), pl.program_id(1) * tile.outputs + jnp.arange(tile.outputs), h_ref.shape[1]
     first, end = first_ref[n], end_ref[n]
 
@@ -182,13 +205,14 @@ def _gate_up_kernel(pair_ref, expert_ref, first_ref, end_ref, x_ref, w_ref, h_re
     def _():
         place_B, real_B, pair_B = _rows(pair_ref, first, end, rows)
         within_o = jnp.minimum(f_o, F - 1)
-        gate, up = _multiply(x_ref, pair_B // choices, w_ref, expert_ref[n], (within_o, F + within_o), tile)
+        gate, up = _multiply(x_ref, pair_B // choices, w_refs, expert_ref[n], (within_o, F + within_o), tile, format)
         _, row, output = _sides(rows, tile)
-        store(h_ref, activation(gate) * up, row(place_B), output(f_o), mask=row(real_B) & output(f_o < F))
+        store(h_ref, activation(gate) * up * by, row(place_B), output(f_o), mask=row(real_B) & output(f_o < F))
 
 
-def _down_kernel(pair_ref, expert_ref, first_ref, end_ref, weight_ref, h_ref, w_ref, y_ref, *, rows, tile):
+def _down_kernel(pair_ref, expert_ref, first_ref, end_ref, weight_ref, h_ref, *refs, rows, format, tile):
     """Some of the outputs of one block, weighed; a pair's are written where it was before the sort."""
+    *w_refs, y_ref = refs
     n, d_o, (P, D) = pl.program_id(0), pl.program_id(1) * tile.outputs + jnp.arange(tile.outputs), y_ref.shape
     first, end = first_ref[n], end_ref[n]
 
@@ -196,25 +220,34 @@ def _down_kernel(pair_ref, expert_ref, first_ref, end_ref, weight_ref, h_ref, w_
     def _():
         place_B, real_B, pair_B = _rows(pair_ref, first, end, rows)
         row_B, within_o = jnp.minimum(place_B, P - 1), jnp.minimum(d_o, D - 1)
-        (y,) = _multiply(h_ref, row_B, w_ref, expert_ref[n], (within_o,), tile)
+        (y,) = _multiply(h_ref, row_B, w_refs, expert_ref[n], (within_o,), tile, format)
         _, row, output = _sides(rows, tile)
         weighed = y * row(load(weight_ref, pair_B, mask=real_B))
         store(y_ref, weighed, row(jnp.where(real_B, pair_B, P)), output(d_o), mask=row(real_B) & output(d_o < D))
 
 
-def _multiply(x_ref, row_B, w_ref, e, outputs, tile):
+def _multiply(x_ref, row_B, w_refs, e, outputs, tile, format):
     """Rows of `x` with each of these ranges of expert `e`'s outputs, in float32; the rows are read once for all."""
-    inputs, rows = x_ref.shape[1], len(row_B)
-    outputs_first, *_ = _sides(rows, tile)
+    inputs, rows, one = x_ref.shape[1], len(row_B), inputs_of_dot(format, tile.inputs)
+    outputs_first, _, output = _sides(rows, tile)
     policy = "evict_first" if rows < WIDE else None  # then hardly any block reads weights that another one has read
 
+    def read(ref, n, size, *at, **how):
+        i_1i = n * size + jnp.arange(size)[None]
+        mask = True if format or inputs % size == 0 else i_1i < inputs  # what is quantised comes in whole blocks
+        return load(ref, *at, i_1i, mask=mask, **how)
+
     def add(n, sums):
-        i_1i = n * tile.inputs + jnp.arange(tile.inputs)[None]
-        mask = True if inputs % tile.inputs == 0 else i_1i < inputs
-        x_Bi = load(x_ref, row_B[:, None], i_1i, mask=mask)
-        ws = [load(w_ref, e, o_o[:, None], i_1i, mask=mask, eviction_policy=policy) for o_o in outputs]
-        both = [(w_oi, x_Bi) if outputs_first else (x_Bi, w_oi) for w_oi in ws]
-        return tuple(so_far + dot(*pair, trans_b=True) for so_far, pair in zip(sums, both, strict=True))
+        x_nBi = [read(x_ref, n * (tile.inputs // one) + i, one, row_B[:, None]) for i in range(tile.inputs // one)]
+        stream = lambda o_o: lambda ref, n, size: read(ref, n, size, e, o_o[:, None], eviction_policy=policy)
+        w_noi = [weights(w_refs, stream(o_o), n, tile.inputs, format) for o_o in outputs]
+        for x_Bi, *ws in zip(x_nBi, *w_noi, strict=True):
+            both = [(w_oi, x_Bi) if outputs_first else (x_Bi, w_oi) for w_oi in ws]
+            sums = tuple(so_far + dot(*pair, trans_b=True) for so_far, pair in zip(sums, both, strict=True))
+        return sums
 
     shape = (tile.outputs, rows) if outputs_first else (rows, tile.outputs)
-    return lax.fori_loop(0, pl.cdiv(inputs, tile.inputs), add, (jnp.zeros(shape, jnp.float32),) * len(outputs))
+    start = (jnp.zeros(shape, jnp.float32),) * len(outputs)
+    scale = lambda o_o: lambda ref: output(load(ref, e, o_o, mask=True))
+    return [y * unit(w_refs, scale(o_o), format)
+            for y, o_o in zip(lax.fori_loop(0, pl.cdiv(inputs, tile.inputs), add, start), outputs, strict=True)]

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]  # logical, of an array's first dimensions; the others are not cut
@@ -63,8 +64,9 @@ def tracing(platform: str, forced: Mapping[str, str] | None = None, mesh: Mesh |
 
 
 class Cut(NamedTuple):
-    """The logical axes of an op's positional arguments and of its results, one tuple for all arrays of a pytree; and
-    of arrays that are given by name. Along the axis `summed` every device has a part of each result's sum."""
+    """The logical axes of an op's positional arguments and of its results, one tuple for all arrays of a pytree (of
+    which one has fewer axes, the first of them); and of arrays that are given by name. Along the axis `summed` every
+    device has a part of each result's sum."""
 
     inputs: tuple[Axes, ...]
     results: tuple[Axes, ...]
@@ -155,7 +157,8 @@ class Op:
             return self._run(how, kwargs, *args)
         cut = self.cut(*args)
         named = {name: kwargs.pop(name) for name in cut.named if kwargs.get(name) is not None}
-        specs = [*map(now.spec, cut.inputs)], {name: now.spec(cut.named[name]) for name in named}
+        of = lambda arg, axes: jax.tree.map(lambda x: now.spec(axes[: jnp.ndim(x)]), arg)
+        specs = [*map(of, args, cut.inputs)], {name: now.spec(cut.named[name]) for name in named}
         results = [now.spec(axes) for axes in cut.results]
         out = tuple(results) if len(results) > 1 else results[0]
         over = now.axes.get(cut.summed) if cut.summed else None

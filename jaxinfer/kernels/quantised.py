@@ -1,6 +1,6 @@
 """Quantised weights: small numbers with a scale for each output (or group of inputs), in the place of an array.
 
-Axes: T tokens, O outputs, I inputs, G groups of inputs.
+Axes: T tokens, O outputs, I inputs, G groups of inputs. A stack of matrices, of experts say, has an axis before these.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INT8 = Format("int8", np.dtype(np.int8), 127)
 INT4 = Format("int4", np.dtype(np.uint16), 15, group=32)
 FP8 = Format("fp8", np.dtype(ml_dtypes.float8_e4m3fn), 448)
 
-SHIFTS = np.arange(0, 16, 4, dtype=np.uint16)[None, None, :, None]  # of a word's numbers, [O, words // lane, 4, lane]
+SHIFTS = np.arange(0, 16, 4, dtype=np.uint16)[:, None]  # of a word's numbers, [..., O, words // lane, 4, lane]
 
 # What `quantize=` makes of a matrix, by the axis of its outputs. A leaf whose outputs have none of these (positions,
 # segments, classes) keeps its dtype, an exact one float32. What errors show in most, logits, and what is looked up row
@@ -55,16 +55,16 @@ FORCED: dict[str | None, Mapping[str, str]] = {"w8a8": {"matmul_int8": "w8a8", "
 def format_of(leaf: Leaf, quantize: str | None) -> Format | None:
     """How a leaf is held under `quantize` (a key of SCHEMES); None: as it is. Inputs that are no whole groups take a
     scale for each output, in int8."""
-    if quantize is None or leaf.exact or len(leaf.shape) != 2:
+    if quantize is None or leaf.exact or len(leaf.shape) < 2:
         return None
-    format = SCHEMES[quantize].get(leaf.axes[0])
-    return INT8 if format and format.group and leaf.shape[1] % format.group else format
+    format = SCHEMES[quantize].get(leaf.axes[leaf.outputs])
+    return INT8 if format and format.group and leaf.shape[-1] % format.group else format
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale", "minimum"], meta_fields=["dtype"])
 @dataclass(frozen=True)
 class Quantised:
-    """A weight [O, I] that `matmul` and `embed_rows` take in the place of an array.
+    """A weight [O, I] that `matmul` and `embed_rows` take in the place of an array, or a stack of such.
 
     It stands for `scale_O * numbers_OI`; with a minimum, whose scales are for groups of inputs (int4), for
     `scale_OG * numbers_OGi + minimum_OG`. `dtype` is what the weight would be otherwise: activations that meet it
@@ -78,7 +78,9 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape if self.minimum is None else (len(self.values), self.scale.shape[1] * INT4.group)
+        if self.minimum is None:
+            return self.values.shape
+        return (*self.scale.shape[:-1], self.scale.shape[-1] * INT4.group)
 
     @property
     def format(self) -> str:
@@ -89,9 +91,14 @@ class Quantised:
         """The small numbers [O, I], out of their words."""
         if self.minimum is None:
             return self.values
-        O, I = self.shape
-        words = self.values.reshape(O, -1, 1, lane(I))
-        return (words >> SHIFTS & np.uint16(INT4.most)).reshape(O, I)
+        words = self.values.reshape(*self.shape[:-1], -1, 1, lane(self.shape[-1]))
+        shifts = SHIFTS.reshape((1,) * (words.ndim - 2) + SHIFTS.shape)
+        return (words >> shifts & np.uint16(INT4.most)).reshape(self.shape)
+
+    @property
+    def matrix(self) -> Quantised:
+        """A stack of matrices as one, which has the outputs of all."""
+        return jax.tree.map(lambda part: part.reshape(-1, *part.shape[len(self.shape) - 1 :]), self)
 
     def rows(self, index: Any) -> Quantised:
         """Some of the outputs: a slice, or their numbers."""
@@ -101,7 +108,7 @@ class Quantised:
         """The weight in float32."""
         scale, numbers = self.scale.astype(jnp.float32), self.numbers.astype(jnp.float32)
         if self.minimum is None:
-            return numbers * scale[:, None]
+            return numbers * scale[..., None]
         numbers_OGi = numbers.reshape(*scale.shape, -1)
         return (numbers_OGi * scale[..., None] + self.minimum.astype(jnp.float32)[..., None]).reshape(self.shape)
 
@@ -117,14 +124,15 @@ def blank(format: Format, shape: tuple[int, ...], dtype: Any,
           make: Callable[[tuple[int, ...], np.dtype], Any] = jax.ShapeDtypeStruct) -> Quantised:
     """A weight of this shape, each of its parts made by `make(shape, dtype)`."""
     if format.group is None:
-        return Quantised(make(shape, format.values), make(shape[:1], np.dtype(np.float32)), None, np.dtype(dtype))
-    words, of_groups = (shape[0], shape[1] // 4), ((shape[0], shape[1] // format.group), np.dtype(np.float16))
+        return Quantised(make(shape, format.values), make(shape[:-1], np.dtype(np.float32)), None, np.dtype(dtype))
+    *outputs, inputs = shape
+    words, of_groups = (*outputs, inputs // 4), ((*outputs, inputs // format.group), np.dtype(np.float16))
     return Quantised(make(words, format.values), make(*of_groups), make(*of_groups), np.dtype(dtype))
 
 
 def fill(out: Quantised, start: int, rows_OI: np.ndarray) -> None:
-    """Quantise float rows into `out`, whose parts are numpy arrays, from row `start` on: to nearest, with the scales
-    that the largest and smallest numbers ask for. Scales that are not finite are left for `finite` to find."""
+    """Quantise float rows into `out`, a matrix whose parts are numpy arrays, from row `start` on: to nearest, with the
+    scales that the largest and smallest numbers ask for. Scales that are not finite are left for `finite` to find."""
     here, rows_OI = slice(start, start + len(rows_OI)), np.asarray(rows_OI, np.float32)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         if out.minimum is None:
@@ -172,16 +180,16 @@ def quantise(weight_OI: Any, like: Quantised) -> Quantised:
     >>> weight.dequantised().astype(float).round(2).tolist()
     [[0.5, -1.27], [0.0, 0.0]]
     """
-    weight_OI, out = np.asarray(weight_OI), jax.tree.map(lambda part: np.empty(part.shape, part.dtype), like)
-    step = rows_at_once(like.shape)
-    for start in range(0, like.shape[0], step):
-        fill(out, start, weight_OI[start : start + step])
+    out = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), like)
+    weight_OI, step = np.asarray(weight_OI).reshape(-1, like.shape[-1]), rows_at_once(like.shape)
+    for start in range(0, len(weight_OI), step):
+        fill(out.matrix, start, weight_OI[start : start + step])
     return out
 
 
 def rows_at_once(shape: tuple[int, ...]) -> int:
     """How many rows of a weight are quantised at a time."""
-    return max(1, CHUNK // max(1, shape[1]))
+    return max(1, CHUNK // max(1, shape[-1]))
 
 
 def embed_rows(table: jax.Array | Quantised, index_T: jax.Array) -> jax.Array:

@@ -160,7 +160,7 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
         raise InvalidOption(f"max_context is {max_context}; this graph's limit is {model.max_context} tokens")
     context = max_context or min(origin.MAX_CONTEXT, model.max_context)
     number = origin.dtype_of(checkpoint, dtype)
-    places = [spread(model, one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
+    places = [spread(model, one, quantize) if isinstance(one, Mesh) else Placement(one) for one in meshes]
     for axis, why in places[0].replicated.items():
         events.emit(events.Replicated(axis, why))
     ladder, chunks, groups, given, tiers = shapes_of(

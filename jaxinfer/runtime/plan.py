@@ -243,7 +243,8 @@ def plan(model: Any, *, topology: str | None = None, device: str | jax.Device | 
     if traffic.prompt_tokens + traffic.answer_tokens > context:
         raise InvalidOption(f"traffic has {traffic.prompt_tokens} + {traffic.answer_tokens} tokens; max_context is "
                             f"{context}")
-    target = _target(topology, device, mesh, source.graph, FORCED.get(quantize, {}), compile)
+    target = _target(topology, device, mesh, partial(spread, source.graph, quantize=quantize),
+                     FORCED.get(quantize, {}), compile)
     planner = Planner(source.graph, target.hardware, target.place, source.dtype, quantize, kv_cache_dtype, context,
                       max_rows, given or target.budget, None if given else target.most, FORCED.get(quantize, {}),
                       source.experts, target.within)
@@ -325,34 +326,37 @@ class Target(NamedTuple):
         return "all on one" if self.place.mesh is None else str(self.place)
 
 
-def _target(topology: Any, device: Any, mesh: Any, graph: Graph, forced: Mapping[str, str], compile: bool) -> Target:
+Over = Callable[[Any], Placement]  # the placement of a graph on a mesh, which may be abstract
+
+
+def _target(topology: Any, device: Any, mesh: Any, over: Over, forced: Mapping[str, str], compile: bool) -> Target:
     if topology is not None and device is not None:
         raise InvalidOption("topology and device are both given; a topology says which devices there are")
     if topology is not None:
-        return _on_topology(topology, mesh, graph, compile)
+        return _on_topology(topology, mesh, over, compile)
     hardware = described(device) if isinstance(device, str) else None
-    return _on_absent(hardware, mesh, graph, compile) if hardware else _on_present(device, mesh, graph, forced, compile)
+    return _on_absent(hardware, mesh, over, compile) if hardware else _on_present(device, mesh, over, forced, compile)
 
 
-def _on_topology(topology: str, mesh: Any, graph: Graph, compile: bool) -> Target:
+def _on_topology(topology: str, mesh: Any, over: Over, compile: bool) -> Target:
     """All devices of a slice, or those that a mesh asks for."""
     devices = tpu_topology(topology)
     data, model = mesh_sizes({"model": len(devices)} if mesh is None else mesh)
     if data * model > len(devices):
         raise InvalidOption(f"mesh asks for {data * model} devices; {topology} has {len(devices)}")
-    place = _place(graph, devices[:model], model)
+    place = _place(over, devices[:model], model)
     hardware = HARDWARE[topology.partition(":")[0]]
     within = partial(compiling_for, place.device, place.mesh)
     return Target(hardware, place, data, data * model, int(OF_ABSENT * hardware.memory), None,
                   within if compile else None, "its compiler (libtpu)")
 
 
-def _on_absent(hardware: Hardware, mesh: Any, graph: Graph, compile: bool) -> Target:
+def _on_absent(hardware: Hardware, mesh: Any, over: Over, compile: bool) -> Target:
     """Devices that are known by their figures; one GPU's compiler may be here without it."""
     data, model = mesh_sizes({} if mesh is None else mesh)
     gpu = cuda_device(hardware) if compile and hardware.platform == "gpu" and model == 1 else None
     if model > 1:
-        place = spread(graph, AbstractMesh((model,), ("model",), axis_types=(AxisType.Auto,)))
+        place = over(AbstractMesh((model,), ("model",), axis_types=(AxisType.Auto,)))
     else:
         place = Placement(gpu or find_device(None))
     within = partial(compiling_for, gpu, None) if gpu else None
@@ -360,10 +364,10 @@ def _on_absent(hardware: Hardware, mesh: Any, graph: Graph, compile: bool) -> Ta
                   "its compiler (XLA, by description)")
 
 
-def _on_present(device: Any, mesh: Any, graph: Graph, forced: Mapping[str, str], compile: bool) -> Target:
+def _on_present(device: Any, mesh: Any, over: Over, forced: Mapping[str, str], compile: bool) -> Target:
     """Devices that are here, with what `load` would take of them."""
     meshes = find_meshes(mesh, device)
-    places = [spread(graph, one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
+    places = [over(one) if isinstance(one, Mesh) else Placement(one) for one in meshes]
     first, free = places[0].device, planning.free(places)
     hardware = described(first.device_kind) or probed(first, free, forced)
     most = CPU_PAGES // planning.sharing(places) if first.platform == "cpu" else None
@@ -372,10 +376,10 @@ def _on_present(device: Any, mesh: Any, graph: Graph, forced: Mapping[str, str],
                   nullcontext if compile else None, "its compiler (XLA)")
 
 
-def _place(graph: Graph, devices: list[jax.Device], model: int) -> Placement:
+def _place(over: Over, devices: list[jax.Device], model: int) -> Placement:
     if model == 1:
         return Placement(devices[0])
-    return spread(graph, Mesh(np.array(devices), AXES[1:], axis_types=(AxisType.Auto,)))
+    return over(Mesh(np.array(devices), AXES[1:], axis_types=(AxisType.Auto,)))
 
 
 def _traffic(traffic: Any) -> Traffic:
