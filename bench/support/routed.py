@@ -6,6 +6,7 @@ Axes: T tokens, A experts chosen for each, E experts, D model width, F an expert
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.kernels.quantised import Format, Quantised, blank
+
 DTYPE = "bfloat16"
+Stack = jax.Array | Quantised
 
 
 class Shape(NamedTuple):
@@ -25,8 +29,13 @@ class Shape(NamedTuple):
     F: int
 
     @property
-    def expert_bytes(self) -> int:
-        return 3 * self.D * self.F * jnp.dtype(DTYPE).itemsize
+    def stacks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Gates and ups of all experts, and what comes after them."""
+        return (self.E, 2 * self.F, self.D), (self.E, self.D, self.F)
+
+    def expert_bytes(self, format: Format | None = None) -> int:
+        each = [blank(format, stack, DTYPE) if format else jax.ShapeDtypeStruct(stack, DTYPE) for stack in self.stacks]
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(each)) // self.E
 
 
 SHAPES = {"Mixtral-8x7B": Shape(8, 2, 4096, 14336), "Qwen3-30B-A3B": Shape(128, 8, 2048, 768)}
@@ -37,20 +46,31 @@ class Layers(NamedTuple):
 
     x_TD: jax.Array
     routings: list[tuple[jax.Array, jax.Array]]
-    weights: list[tuple[jax.Array, jax.Array]]
+    weights: list[tuple[Stack, Stack]]
 
 
-@partial(jax.jit, static_argnums=0)
-def _draw(sizes: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(jax.random.key(0), sizes, DTYPE) * sizes[-1] ** -0.5
+@partial(jax.jit, static_argnums=(0, 1))
+def _draw(sizes: tuple[int, ...], format: Format | None) -> Stack:
+    """Of one deviation, over the root of the inputs; quantised ones, made as they are held, of about as much."""
+    key, deviation = jax.random.key(0), sizes[-1] ** -0.5
+    if format is None:
+        return jax.random.normal(key, sizes, DTYPE) * deviation
+    like = blank(format, sizes, DTYPE)
+    if format.group:
+        full = lambda times: jnp.full(like.scale.shape, times * deviation, like.scale.dtype)
+        return replace(like, values=jax.random.bits(key, like.values.shape, like.values.dtype),
+                       scale=full(1 / 4.6), minimum=full(-7.5 / 4.6))  # 16 numbers, all as likely
+    values = (jax.random.normal(key, sizes, DTYPE) * (format.most / 4)).astype(format.values)
+    return replace(like, values=values, scale=jnp.full(like.scale.shape, 4 / format.most * deviation, jnp.float32))
 
 
-def weights(shape: Shape, layers: int) -> list[tuple[jax.Array, jax.Array]]:
-    pair = _draw((shape.E, 2 * shape.F, shape.D)), _draw((shape.E, shape.D, shape.F))
+def weights(shape: Shape, layers: int, format: Format | None = None) -> list[tuple[Stack, Stack]]:
+    first, second = shape.stacks
+    pair = _draw(first, format), _draw(second, format)
     return [pair, *(jax.tree.map(jnp.copy, pair) for _ in range(layers - 1))]
 
 
-def ask(shape: Shape, T: int, pairs: list[tuple[jax.Array, jax.Array]], calls: int) -> tuple[Layers, float]:
+def ask(shape: Shape, T: int, pairs: list[tuple[Stack, Stack]], calls: int) -> tuple[Layers, float]:
     """So many calls at least over these weights, and how many experts each asks on average."""
     rng, repeats = np.random.default_rng(T), -(-calls // len(pairs))
     routings = [(rng.random((T, shape.E)).argsort(1)[:, :shape.A].astype(np.int32), np.full((T, shape.A), 1 / shape.A))
