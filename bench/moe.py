@@ -1,9 +1,9 @@
 """How fast is the routed feed-forward layer of Mixtral-8x7B and of Qwen3-30B-A3B on this device?
 
 Random weights, in bfloat16 or quantised; every token chooses its experts at random. Beside it runs the second way that
-the platform has for them (on a GPU "chunks": every expert is asked about every token), and stands the floor: the weights
-of the experts that somebody chose over the memory's bandwidth, or the operations asked for over a large matmul's rate,
-whichever takes longer.
+the platform has for them (on a GPU "chunks": every expert is asked about every token), and stands the floor: the
+weights of the experts that somebody chose over the memory's bandwidth, or the operations asked for over a large
+matmul's rate, whichever takes longer.
 
 Axes: T tokens, A experts chosen for each, E experts, D model width, F an expert's width.
 """
