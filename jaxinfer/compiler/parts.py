@@ -25,7 +25,7 @@ from jaxinfer.graph import Graph, Run
 
 HEAD = "head"
 # Implementations that the TPU's cost model counts as nothing (Pallas), or once for all turns of a loop.
-NOT_COUNTED = {"attend": ("ragged", "visits", "by_page"), "routed_ffn": ("grouped",)}
+NOT_COUNTED = {"attend": ("ragged", "visits", "by_page"), "routed_ffn": ("grouped", "blocks")}
 
 
 class Compiled(NamedTuple):

@@ -72,6 +72,8 @@ class Roofline:
         if len(shape) == 2:
             moved = held(x) + STREAM * T * (I + O)
             return Work("matmul", dtype, 2 * times * T * O * I, moved, shape=(format, str(x.dtype), T, O, I))
+        if format and kernels.OPS["routed_ffn"].choice() == "triton":  # which widens all of them
+            times, dtype = 1, _product(x.dtype)
         E, A = shape[0], self.A or shape[0]
         asked = 1 - (1 - A / E) ** T  # of the experts, the share that somebody asks, if all are as likely
         return Work("routed_ffn", dtype, 2 * T * A * O * I, held(x) * asked + STREAM * T * A * (I + O),
