@@ -162,7 +162,7 @@ def _open(graph: Graph | Encoder, tensors: Mapping[str, Tensor], dtype: Any, sou
         if format is None or len(arrays) > 1:
             made = jax.tree.unflatten(shape, unread)
         else:
-            made = Rounded(unread[0], format, number(leaf), source, " + ".join(mine[0])).parts()
+            made = Rounded(unread[0], format, number(leaf), source, _joined(mine[0])).parts()
         weights.append(Weight(leaf, made, tuple(name for each in mine for name in each)))
     return weights, tree
 
