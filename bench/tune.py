@@ -35,8 +35,8 @@ from jaxinfer.graph import Pages, Run
 from jaxinfer.kernels import attend, gated, matmul, routed_ffn, tracing
 from jaxinfer.kernels.attention_gpu import Decode, Prefill
 from jaxinfer.kernels.matmul_gpu import Blocks, narrow_blocks
-from jaxinfer.kernels.moe_gpu import TILINGS, tiling_for
-from jaxinfer.kernels.quantised import INT4, INT8, Format
+from jaxinfer.kernels.moe_gpu import NARROW, TILINGS, tiling_for
+from jaxinfer.kernels.quantised import FP8, INT4, INT8, Format
 from jaxinfer.kernels.tuned import TABLE, trying
 
 WORTH = 0.99  # of the default's time: what is no better than that is noise
@@ -105,9 +105,9 @@ def multiply(T: int, shape: tuple[int, int], is_gated: bool, format: Format | No
     return Call(act, make, times)
 
 
-def routed(shape: Shape, T: int, times: int = 4) -> Call:
+def routed(shape: Shape, T: int, format: Format | None, times: int = 4) -> Call:
     """One layer's experts again and again, of which no cache holds many."""
-    make = lambda: ask(shape, T, weights(shape, 1), times)[0]
+    make = lambda: ask(shape, T, weights(shape, 1, format), times)[0]
     act = lambda x_TD, routings, pairs: chain(routed_ffn, x_TD, routings, pairs, None)
     return Call(act, make, times)
 
@@ -132,11 +132,15 @@ def kernels() -> Iterator[Kernel]:
                 ((64, 256), (64, 128), (32, 256), (32, 128)), ((2, 3), (2, 4), (2, 6), (4, 4)),
                 (192,) if is_gated else (192, 384))]
             yield Kernel(f"few_{format.name}{'_gated' * is_gated}/1/{T}", narrow_blocks(T), candidates, calls)
-    for tiling in TILINGS:
-        calls = [routed(shape, T) for shape in SHAPES.values() for T in tokens(shape, tiling.rows)]
-        candidates = FEW_ROWS if tiling.rows <= 32 else MANY_ROWS
-        yield Kernel(f"routed_gate_up/1/{tiling.rows}", tiling.gate_up, candidates, calls)
-        yield Kernel(f"routed_down/1/{tiling.rows}", tiling.down, candidates, calls)
+    for format in None, INT8, INT4, FP8:
+        of = f"_{format.name}" if format else ""
+        for tiling in NARROW if format else TILINGS:
+            calls = [routed(shape, T, format) for shape in SHAPES.values() for T in tokens(shape, tiling.rows)]
+            candidates = FEW_ROWS if tiling.rows <= 32 else MANY_ROWS
+            if format:  # of which int4 is read 128 inputs at a time
+                candidates = list(dict.fromkeys((outputs, 128, *how) for outputs, _, *how in candidates))
+            yield Kernel(f"routed_gate_up{of}/1/{tiling.rows}", tiling.gate_up, candidates, calls)
+            yield Kernel(f"routed_down{of}/1/{tiling.rows}", tiling.down, candidates, calls)
 
 
 def tokens(shape: Shape, rows: int) -> list[int]:

@@ -17,7 +17,7 @@ def programs(config: dict, where: jax.Device | Mesh, quantize: str | None = None
              ) -> Executables:
     """The steps of up to eight rows of 1,024 tokens, in bfloat16."""
     graph, dtype = architecture(config, max_context=1024).graph(), jnp.dtype(jnp.bfloat16)
-    place = spread(graph, where) if isinstance(where, Mesh) else Placement(where)
+    place = spread(graph, where, quantize) if isinstance(where, Mesh) else Placement(where)
     size = dict(dtype=dtype, max_context=1024, max_rows=8, chunk=512, budget=16 << 30, why="HBM")
     with kernels.tracing(place.device.platform, mesh=place.mesh, axes=place.axes):
         groups = planning.page_groups(graph, quantize=quantize, kv_cache_dtype=kv_cache_dtype, place=place, **size)

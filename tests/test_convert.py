@@ -90,6 +90,15 @@ def test_through_our_formats_and_back_the_tensors_are_those_of_the_source(tmp_pa
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
+def test_floats_of_any_of_our_formats_are_quantised_while_they_are_read(tmp_path, quantize):
+    """Orbax keeps experts as one tensor of three axes, of which rows are experts."""
+    source = tiny.write(tmp_path / "source", tiny.ROUTED)
+    wanted = params_of(source, None, quantize)
+    for to in ("orbax", "safetensors"):
+        assert_same(params_of(convert(source, tmp_path / to, to=to), None, quantize), wanted)
+
+
 @pytest.fixture(scope="module")
 def asked(tiny_path):
     with ji.load(tiny_path, quantize="int8", **HOW) as lm:

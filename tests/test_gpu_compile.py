@@ -15,6 +15,7 @@ from jaxinfer.compiler import Executables, Key, stored
 from jaxinfer.compiler.buckets import Bucket, decode, prompt
 from jaxinfer.compiler.hardware import HARDWARE, compiling_for, cuda_device
 from jaxinfer.kernels import quantised, routed_ffn, tracing
+from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.ahead import _for_device, _gpu_of
 from tests import tiny
 from tests.elsewhere import compiled, programs
@@ -68,10 +69,12 @@ ENTRY %main.2 (w: f32[64,8]) -> f32[8,64] {
     ({}, OURS, (decode(8), MIXED, prompt(64))),
     ({"kv_cache_dtype": "int8"}, OURS, (decode(8), MIXED)),
     ({"quantize": "int8"}, INT8, (decode(8), MIXED)),
-], ids=["bfloat16", "pages in int8", "weights in int8"])
+    ({"quantize": "int4"}, {"matmul_int4": "few", "gated": "few"}, (decode(8),)),
+    ({"quantize": "fp8"}, {"matmul_fp8": "w8a8", "gated": "rounded"}, (decode(8),)),
+], ids=["bfloat16", "pages in int8", "weights in int8", "weights in int4", "weights in fp8"])
 def test_no_step_copies_weights_or_pages(h100, how, kernels, buckets):
     executables = programs(CONFIG, h100, **how)
-    weights = [x for x in jax.tree.leaves(executables.params) if x.ndim == 2]  # and not scales
+    weights = [x for x in jax.tree.leaves(executables.params) if x.ndim == 2 and x.dtype != "float16"]  # and not scales
     pages = [x for x in jax.tree.leaves(executables.state) if x.ndim == 4]
     nbytes = lambda arrays: [x.size * x.dtype.itemsize for x in arrays]
     for bucket in buckets:
@@ -83,6 +86,19 @@ def test_no_step_copies_weights_or_pages(h100, how, kernels, buckets):
         smallest = min(x.size for x in weights + pages)
         assert not {text: size for text, size in made(program.as_text()).items() if size >= smallest}, bucket
     executables.close()
+
+
+def test_no_more_than_one_layer_of_int4_is_unpacked_for_a_prompt(h100):
+    temporaries = []
+    for layers in (2, 4):
+        executables = programs({**CONFIG, "num_hidden_layers": layers}, h100, quantize="int4")
+        program, _ = compiled(executables, Key("forward", prompt(512)))
+        temporaries.append(program.memory_analysis().temp_size_in_bytes)
+        with tracing("gpu", kind=h100.device_kind):
+            assert temporaries[-1] < planning.temporaries(executables.graph, 512, 8, "int4")
+        executables.close()
+    layer = 2 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 8192)
+    assert temporaries[1] - temporaries[0] < layer / 4
 
 
 @pytest.mark.parametrize("tokens", [8, 2048])

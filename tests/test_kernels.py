@@ -40,6 +40,7 @@ CASES = {
     "decode": dict(shape=DECODE, heads=(6, 2)),
     "decode in a window": dict(shape=DECODE, heads=(4, 4), window=6, dtype="bfloat16"),
     "decode with sinks": dict(shape=DECODE, heads=(4, 2), sinks=True),
+    "decode over fp8": dict(shape=DECODE, heads=(4, 2), kv_cache_dtype="fp8", softcap=4.0, sinks=True, window=6),
     "decode over int8": dict(shape=DECODE, heads=(6, 2), kv_cache_dtype="int8", dtype="bfloat16", window=6),
     "prompt": dict(shape=PROMPT, heads=(4, 2), softcap=3.0, dtype="bfloat16"),
     "prompt in a window": dict(shape=PROMPT, heads=(3, 1), window=1),
@@ -98,7 +99,7 @@ def attend_for_gpus(*args, **options):
 
 
 @pytest.mark.parametrize("name", ["decode in a window", "decode with sinks", "prompt", "mixed in a window",
-                                  "decode over int8", "mixed over fp8"])
+                                  "decode over int8", "decode over fp8", "mixed over int8", "mixed over fp8"])
 @given(data=st.data())
 def test_the_kernels_for_gpus_attend_as_the_reference_does(name, data):
     check_op(attend_for_gpus, data.draw(attend_cases(**CASES[name])), reference=attend.reference)

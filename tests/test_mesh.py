@@ -38,6 +38,7 @@ from tests.running import IN_HASTE, all_free, eventually
 EIGHT = len(jax.devices()) >= 8
 eight = pytest.mark.skipif(not EIGHT, reason="runs inside test_on_eight_devices")
 GPT2 = {"model_type": "gpt2", "vocab_size": 96, "n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}
+ROUTED = {**tiny.ROUTED, "moe_intermediate_size": 256}  # two of what int4 packs together
 EXPERTS = {key: tiny.ROUTED[key] for key in ("model_type", "architectures", "num_experts", "num_experts_per_tok",
                                               "moe_intermediate_size")}
 WIDE = {**tiny.PLAIN, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": False}
@@ -99,8 +100,8 @@ def test_a_mesh_takes_devices_by_their_kind(tiny_path):
 
 @eight
 @pytest.mark.parametrize("config, quantize", [(tiny.PLAIN, None), (tiny.PLAIN, "int8"), (tiny.ROUTED, None),
-                                               (tiny.ROUTED, "int8")],
-                         ids=["plain", "int8", "with experts", "with experts in int8"])
+                                               (tiny.ROUTED, "int8"), (ROUTED, "int4")],
+                         ids=["plain", "int8", "with experts", "with experts in int8", "with experts in int4"])
 @pytest.mark.parametrize("form", ["as it was", *FORMATS])
 def test_every_device_s_piece_is_read_alone_and_the_weights_are_those_of_one_device(
         tmp_path, monkeypatch, form, config, quantize):
@@ -119,7 +120,7 @@ def test_every_device_s_piece_is_read_alone_and_the_weights_are_those_of_one_dev
 
     monkeypatch.setattr(File, "read", counted)
     how = dict(dtype="float32", source="here", quantize=quantize, saved=checkpoint.saved)
-    place = on(2, graph)
+    place = on(2, graph, quantize)
     found = load_params(graph, checkpoint.tensors, put=place.put, **how)
     if form != "orbax":  # where a weight that is cut into columns is quantised, its rows are read whole, and once too
         twice = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items()  # of a stack: rows to their end
@@ -144,8 +145,8 @@ def test_every_shard_has_its_piece_of_every_part(shards):
         np.testing.assert_array_equal(piece, np.concatenate(wanted))
 
 
-def on(count: int, graph) -> Placement:
-    return spread(graph, Mesh(np.array(jax.devices()[:count]), ("model",)))
+def on(count: int, graph, quantize: str | None = None) -> Placement:
+    return spread(graph, Mesh(np.array(jax.devices()[:count]), ("model",)), quantize)
 
 
 def executables(graph, place: Placement) -> Executables:
@@ -235,7 +236,7 @@ def test_the_tokens_are_those_of_one_device(tiny_path, alone, mesh):
 @eight
 @pytest.mark.parametrize("how", [{}, {"quantize": "int8"}, {"quantize": "int4"}], ids=["float32", "int8", "int4"])
 def test_so_are_they_where_experts_are_shared(tmp_path, how):
-    path = tiny.write(tmp_path, {**tiny.ROUTED, "moe_intermediate_size": 256})
+    path = tiny.write(tmp_path, ROUTED)
     with load(path, **how) as one, load(path, mesh={"model": 2}, **how) as lm:
         assert answers(lm) == answers(one)
         jax.tree.map(np.testing.assert_array_equal, lm.params, one.params)

@@ -125,6 +125,19 @@ def test_every_way_asks_quantised_experts_as_what_they_stand_for(how, format, da
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
+@pytest.mark.parametrize("format", [INT8, INT4, FP8], ids=lambda format: format.name)
+@given(data=st.data())
+def test_nor_of_one_with_quantised_experts(format, data):
+    T, rng = 40, np.random.default_rng(data.draw(SEEDS))
+    (x, others), (weight, other_weight) = rng.normal(size=(2, T, WIDE)).astype(np.float32), rng.random((2, T, A))
+    expert, other_expert, at = data.draw(routings(T)), data.draw(routings(T)), data.draw(st.integers(0, T - 1))
+    for there, here in ((others, x), (other_weight, weight), (other_expert, expert)):
+        there[-1 - at] = here[at]
+    ask = lambda x, expert, weight: np.asarray(compiled("blocks", format.name)(
+        x, expert, weight.astype(np.float32), *quantised(format)))
+    np.testing.assert_array_equal(ask(others, other_expert, other_weight)[-1 - at], ask(x, expert, weight)[at])
+
+
 @settings(max_examples=settings().max_examples // 4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_grouped_matmul_of_tpus_does_in_interpret_mode_what_the_reference_does(capfd, data):
@@ -238,10 +251,13 @@ def jitted_route(x_TD, router_ED, valid_T, renormalise):
     return route(x_TD, router_ED, valid_T, count=A, renormalise=renormalise)
 
 
-def test_the_cpu_copies_one_experts_weights_and_not_all_of_them():
+@pytest.mark.parametrize("format", [None, INT8, INT4, FP8], ids=lambda of: of and of.name)
+def test_the_cpu_copies_one_experts_weights_and_not_all_of_them(format):
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
         ((4, 128), "float32"), ((4, 2), "int32"), ((4, 2), "float32"), ((64, 512, 128), "float32"),
         ((64, 128, 256), "float32"))]
+    if format:
+        args[3:] = [blank(format, stack.shape, "float32") for stack in args[3:]]
     memory = compiled("blocks", "float32").lower(*args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2 * 4 * (512 * 128 + 128 * 256)
     assert routed_ffn.choice("cpu") == "blocks"

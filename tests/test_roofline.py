@@ -7,8 +7,12 @@ import pytest
 from bench.support import ops
 from bench.support.shapes import TINY
 from jaxinfer import kernels
+from jaxinfer.compiler.placement import Placement
+from jaxinfer.compiler.roofline import Roofline
 from jaxinfer.frontend.architectures import architecture
-from jaxinfer.kernels.quantised import INT8
+from jaxinfer.kernels.quantised import FORCED, INT8
+from jaxinfer.runtime import memory as planning
+from tests import tiny
 
 CONFIG = architecture(TINY).config
 CASES = [
@@ -26,6 +30,19 @@ def test_an_op_computes_what_the_roofline_says(case):
     with kernels.tracing("none"):
         cost = jax.jit(case.call).lower(*arrays).cost_analysis()
     assert case.operations <= cost["flops"] < 1.3 * case.operations
+
+
+@pytest.mark.parametrize(("platform", "scheme", "times", "dtype"), [
+    ("cpu", "int8", 2, "int8"), ("cpu", "w8a8", 1, "int8"), ("gpu", "int8", 1, "bfloat16"),
+    ("gpu", "fp8", 1, "bfloat16")])
+def test_quantised_experts_multiply_as_often_as_their_way_does(platform, scheme, times, dtype):
+    graph = architecture(tiny.ROUTED, max_context=128).graph()
+    floats, held = (planning.abstract_params(graph, "bfloat16", quantize) for quantize in (None, scheme))
+    with kernels.tracing(platform, FORCED.get(scheme)):
+        each = [Roofline(graph, params, {}, Placement(jax.devices()[0]), 2) for params in (floats, held)]
+        leaf = graph.spec["blocks"][1]["down"]
+        plain, quantised = (one._leaf(leaf, one.params["blocks"][1]["down"], 8) for one in each)
+    assert quantised.operations == times * plain.operations and quantised.dtype == dtype
 
 
 def test_a_chunk_of_a_prompt_sees_what_is_before_it_and_half_of_itself():

@@ -17,7 +17,7 @@ from jaxinfer.kernels.tuned import TABLE, trying, tuned
 
 SHAPES = {"decode": Decode, "prefill": Prefill, "few": Blocks, "few_gated": Blocks, "few_int8": Blocks,
           "few_int8_gated": Blocks, "few_int4": Blocks, "few_int4_gated": Blocks,
-          "routed_gate_up": Tile, "routed_down": Tile}
+          **{f"routed_{part}{of}": Tile for part in ("gate_up", "down") for of in ("", "_int8", "_int4", "_fp8")}}
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -21,6 +21,7 @@ from jaxinfer.compiler.buckets import Bucket, decode
 from jaxinfer.compiler.hardware import Work
 from jaxinfer.compiler.placement import Placement, held
 from jaxinfer.graph import Block, Graph, Leaf, Run, StateGroup
+from jaxinfer.kernels.moe import widened
 from jaxinfer.kernels.quantised import FP8, INT8, Quantised
 from jaxinfer.kernels.quantised_pages import QuantisedPages, format_of
 
@@ -72,11 +73,11 @@ class Roofline:
         if len(shape) == 2:
             moved = held(x) + STREAM * T * (I + O)
             return Work("matmul", dtype, 2 * times * T * O * I, moved, shape=(format, str(x.dtype), T, O, I))
-        if format and kernels.OPS["routed_ffn"].choice() == "triton":  # which widens all of them
+        if format and kernels.OPS["routed_ffn"].choice() == "triton" and widened(x):
             times, dtype = 1, _product(x.dtype)
         E, A = shape[0], self.A or shape[0]
         asked = 1 - (1 - A / E) ** T  # of the experts, the share that somebody asks, if all are as likely
-        return Work("routed_ffn", dtype, 2 * T * A * O * I, held(x) * asked + STREAM * T * A * (I + O),
+        return Work("routed_ffn", dtype, 2 * times * T * A * O * I, held(x) * asked + STREAM * T * A * (I + O),
                     shape=(format, str(x.dtype), max(1, round(T * A / max(1.0, E * asked))), O, I))
 
     def _attend(self, n: int, block: Block, bucket: Bucket, rows: int, context: int) -> Work:

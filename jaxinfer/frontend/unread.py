@@ -102,6 +102,18 @@ class Unread:
                 yield place + row - first, tensor.rows(row, min(row + step, last), *of_columns)
 
 
+    def of_matrix(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """`pieces` of a stack of matrices as one that has the rows of all. Where the file has it as a stack of its own,
+        each matrix is read whole."""
+        if len(self.tensors[0].shape) < 3:
+            yield from self.pieces(rows)
+            return
+        owner, within = np.divmod(rows, self.shape[1])
+        for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(owner)) + 1):
+            for _, piece in self.pieces(owner[run[:1]]):
+                yield int(run[0]), piece[0][within[run]]
+
+
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A weight that is quantised while it is read, some rows at a time, and so never held as floats. `parts()` are
@@ -120,18 +132,23 @@ class Rounded:
         part = lambda shape, dtype: Part(shape, dtype, self, next(names))
         return blank(self.format, self.floats.shape, self.dtype, part)
 
-    def take(self, name: str, rows: np.ndarray) -> np.ndarray:
+    def take(self, name: str, rows: np.ndarray, last: bool) -> np.ndarray:
+        """Some rows of a part, of which more is wanted unless this is the `last` time."""
         key, every = rows.tobytes(), {"values", "scale", "minimum"} if self.format.group else {"values", "scale"}
         weight, wanted = self._made.pop(key, (None, every))
         weight = weight or self._quantised(rows)
-        if wanted := wanted - {name}:
+        if wanted := wanted - ({name} if last else set()):
             self._made[key] = weight, wanted
         return getattr(weight, name)
+
+    def forget(self) -> None:
+        """What was made for parts that nobody will read: other processes' devices have them."""
+        self._made.clear()
 
     def _quantised(self, rows: np.ndarray) -> Quantised:
         out = blank(self.format, (len(rows), self.floats.shape[-1]), self.dtype, aligned)
         step = rows_at_once(out.shape)
-        for start, piece in self.floats.pieces(rows):
+        for start, piece in self.floats.of_matrix(rows):
             for i in range(0, len(piece), step):
                 fill(out, start + i, piece[i : i + step])
         if not finite(out):
@@ -142,7 +159,8 @@ class Rounded:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One of the arrays of a weight that is quantised while it is read."""
+    """One of the arrays of a weight that is quantised while it is read. Of columns in several pieces, the last ones are
+    to be read last."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -154,7 +172,8 @@ class Part:
         numbers = np.arange(math.prod(self.shape[:outer])).reshape(self.shape[:outer])
         for axis, cut in enumerate(cuts[:outer]):
             numbers = numbers[(ALL,) * axis + (cut,)]
-        taken = self.weight.take(self.name, numbers.ravel())
+        last = all(size - 1 in np.arange(size)[cut] for size, cut in zip(self.shape[outer:], cuts[outer:], strict=True))
+        taken = self.weight.take(self.name, numbers.ravel(), last)
         return taken.reshape(*numbers.shape, *taken.shape[1:])[(ALL,) * outer + cuts[outer:]]
 
 

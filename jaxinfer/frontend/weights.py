@@ -22,7 +22,7 @@ from jaxinfer.errors import CheckpointMismatch
 from jaxinfer.events import Progress, emit
 from jaxinfer.frontend.files import Tensor, as_matrix
 from jaxinfer.frontend.saved import Saved, path_name
-from jaxinfer.frontend.unread import Rounded, Unread
+from jaxinfer.frontend.unread import Part, Rounded, Unread
 from jaxinfer.graph import Encoder, Graph, Leaf, Params
 from jaxinfer.kernels.quantised import blank, format_of
 
@@ -116,6 +116,9 @@ def load_params(graph: Graph | Encoder, tensors: Mapping[str, Tensor], *, dtype:
         memory = mine if isinstance(weight.unread, Unread) else None
         parts = jax.tree.map(lambda x: Looked(x, timed, memory), weight.unread)
         placed = jax.block_until_ready(jax.tree.map(partial(put, weight.leaf), parts))
+        for part in jax.tree.leaves(weight.unread):
+            if isinstance(part, Part):
+                part.weight.forget()
         since = max(part.read_at for part in jax.tree.leaves(parts))
         timed("weights transferred", since, time.perf_counter(), sum(x.nbytes for x in jax.tree.leaves(placed)))
         return placed

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.kernels.matmul import in_triton, matmul
+from jaxinfer.kernels.matmul import in_triton, matmul, piece
 from jaxinfer.kernels.op import Cut, Op
-from jaxinfer.kernels.quantised import FP8, Quantised
+from jaxinfer.kernels.quantised import INT4, Quantised
 
 Weight = jax.Array | Quantised
 CHUNK = 256  # tokens
@@ -81,16 +81,6 @@ def block_rows(tokens: int, pairs: int, experts: int) -> int:
     return min(tokens, max(8, min(128, 1 << (mean - 1).bit_length())))
 
 
-def _own(stack: Weight, e: jax.Array) -> Weight:
-    """One expert's weights. XLA's CPU backend would convert all of fp8 to take a piece of it: bytes are taken."""
-    def own(part: jax.Array) -> jax.Array:
-        if part.dtype == FP8.values:
-            return lax.bitcast_convert_type(own(lax.bitcast_convert_type(part, jnp.int8)), part.dtype)
-        return lax.dynamic_index_in_dim(part, e, keepdims=False)
-
-    return jax.tree.map(own, stack)
-
-
 def routed_ffn_blocks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, activation):
     """Walks over blocks of B tokens that chose one expert, as many as there are: an expert that nobody chose is not
     read, and no more than one expert's weights are ever copied. (XLA's CPU backend copies a slice: a third of the time
@@ -110,7 +100,8 @@ def routed_ffn_blocks(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, acti
         nth_B = (i - ends_E[e] + blocks_E[e]) * B + jnp.arange(B)
         pair_B = pair_P[jnp.minimum(first_E[e] + nth_B, T * A - 1)]
         token_B = pair_B // A
-        y_BD = _expert(x_TD[token_B], _own(gate_up_EOD, e), _own(down_EDF, e), activation) * weight_P[pair_B][:, None]
+        own = lambda stack: piece(stack, i, lambda part: lax.dynamic_index_in_dim(part, e, keepdims=False))
+        y_BD = _expert(x_TD[token_B], own(gate_up_EOD), own(down_EDF), activation) * weight_P[pair_B][:, None]
         return y_TD.at[jnp.where(nth_B < count_E[e], token_B, T)].add(y_BD, mode="drop")
 
     return lax.fori_loop(0, ends_E[-1], ask, jnp.zeros_like(x_TD, jnp.float32))
@@ -142,10 +133,14 @@ def takes_grouped(x_TD: Any, expert_TA: Any, weight_TA: Any, gate_up_EOD: Weight
 
 
 def takes_triton(x_TD: Any, expert_TA: Any, weight_TA: Any, *stacks: Weight, activation: Callable, **_: Any) -> bool:
-    """With an activation that Pallas has in Triton; quantised in the place of numbers of two bytes, and in whole
-    blocks."""
-    return in_triton(activation) and all(
-        stack.dtype.itemsize == 2 and stack.shape[-1] % 128 == 0 for stack in stacks if isinstance(stack, Quantised))
+    """With an activation that Pallas has in Triton; quantised, what it can widen."""
+    return in_triton(activation) and all(widened(stack) for stack in stacks if isinstance(stack, Quantised))
+
+
+def widened(stack: Quantised) -> bool:
+    """Whether our kernel widens these weights in its registers: in the place of numbers of two bytes, int4 in whole
+    128s."""
+    return stack.dtype.itemsize == 2 and (stack.format != INT4.name or stack.shape[-1] % 128 == 0)
 
 
 def routed_ffn_triton(*args, **options):

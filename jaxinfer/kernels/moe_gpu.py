@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 
 from jaxinfer.kernels.attention import TILE
 from jaxinfer.kernels.matmul_gpu import RANGE, format_of, inputs_of_dot, operand, unit, weights
+from jaxinfer.kernels.quantised import FP8, INT4, INT8
 from jaxinfer.kernels.triton import call, dot, load, power, store
 from jaxinfer.kernels.tuned import tuned
 
@@ -59,7 +60,7 @@ TILINGS = (
 )
 
 
-# With weights of eight and four bits: whole 128s of inputs, since four groups of int4 share their words.
+# With weights of eight and four bits (not measured yet): 128 inputs, since four groups of int4 share their words.
 NARROW = (
     Tiling(16, Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)),
     Tiling(32, Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)),
@@ -72,11 +73,12 @@ def tiling_for(pairs: int, experts: int, format: str | None = None) -> Tiling:
     """The first whose blocks have twice the rows that an expert has on average, so that few experts have a second block
     and their weights are read once; or the last. Its tiles are those that were measured, where they were."""
     tilings = NARROW if format else TILINGS
-    tiling = next((tiling for tiling in tilings if tiling.rows * experts >= 2 * pairs), tilings[-1])
-    if format:
-        return tiling
-    return tiling._replace(gate_up=tuned(f"routed_gate_up/1/{tiling.rows}", tiling.gate_up),
-                           down=tuned(f"routed_down/1/{tiling.rows}", tiling.down))
+    rows, *tiles = next((tiling for tiling in tilings if tiling.rows * experts >= 2 * pairs), tilings[-1])
+    names = {None: (f"routed_gate_up/1/{rows}", f"routed_down/1/{rows}"),
+             INT8.name: (f"routed_gate_up_int8/1/{rows}", f"routed_down_int8/1/{rows}"),
+             INT4.name: (f"routed_gate_up_int4/1/{rows}", f"routed_down_int4/1/{rows}"),
+             FP8.name: (f"routed_gate_up_fp8/1/{rows}", f"routed_down_fp8/1/{rows}")}
+    return Tiling(rows, *map(tuned, names[format], tiles))
 
 
 class Blocks(NamedTuple):
@@ -234,7 +236,7 @@ def _multiply(x_ref, row_B, w_refs, e, outputs, tile, format):
 
     def read(ref, n, size, *at, **how):
         i_1i = n * size + jnp.arange(size)[None]
-        mask = True if format or inputs % size == 0 else i_1i < inputs  # what is quantised comes in whole blocks
+        mask = True if format == INT4.name or inputs % size == 0 else i_1i < inputs
         return load(ref, *at, i_1i, mask=mask, **how)
 
     def add(n, sums):

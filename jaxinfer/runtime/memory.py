@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,16 +89,18 @@ def nbytes(spec: Any, dtype: Any, quantize: str | None = None, place: Placement 
     return held(place.abstract(spec, shapes) if place else shapes)
 
 
-def temporaries(graph: Graph, chunk: int, max_rows: int) -> int:
+def temporaries(graph: Graph, chunk: int, max_rows: int, quantize: str | None = None) -> int:
     """An upper estimate of a step's temporaries, of which `memory_analysis` tells the truth once it is compiled: a
-    chunk's widest activations, the page that each token looks at where no kernel of ours attends, and logits while
-    they are sampled or a slice of a prompt is scored."""
+    chunk's widest activations, the page that each token looks at where no kernel of ours attends, logits while they
+    are sampled or a slice of a prompt is scored, and a matrix of int4 that a GPU has unpacked for a prompt."""
     leaves = jax.tree.leaves(graph.spec["blocks"], is_leaf=lambda x: isinstance(x, Leaf))
     token, copies = 4 * max(max(leaf.shape) for leaf in leaves), 4
     if platform() == "cpu":
         token += 2 * PAGE_SIZE * max(group.kv_heads * group.head_width for group in graph.groups)
         copies = 8
-    return 4 * (chunk * token + max(copies * max_rows, 2 * SLICE + max_rows) * graph.vocab)
+    unpacked = max((math.prod(leaf.shape) for leaf in leaves if len(leaf.shape) == 2 and platform() == "gpu"
+                    and (format := format_of(leaf, quantize)) and format.group), default=0)
+    return 2 * unpacked + 4 * (chunk * token + max(copies * max_rows, 2 * SLICE + max_rows) * graph.vocab)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Needs:
 def needs(graph: Graph, *, dtype: Any, max_context: int, max_rows: int, chunk: int, quantize: str | None = None,
           kv_cache_dtype: str | None = None, place: Placement | None = None) -> Needs:
     """What a model takes on each device of `place`, by arithmetic alone: nothing is read or compiled."""
-    return Needs(nbytes(graph.spec, dtype, quantize, place), temporaries(graph, chunk, max_rows),
+    return Needs(nbytes(graph.spec, dtype, quantize, place), temporaries(graph, chunk, max_rows, quantize),
                  bytes_of_page(graph, dtype, kv_cache_dtype, place), pages_of_row(graph, max_context, chunk))
 
 

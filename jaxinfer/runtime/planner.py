@@ -149,7 +149,7 @@ class Planner:
     def _scratch(self, rows: int, context: int) -> int:
         chunk = self._ladder(rows, context).chunk
         with self.tracing():
-            return planning.temporaries(self.graph, chunk, rows)
+            return planning.temporaries(self.graph, chunk, rows, self.quantize)
 
     @lru_cache(4096)  # noqa: B019  # a planner lives as long as its plan
     def _ladder(self, rows: int, context: int) -> Ladder:

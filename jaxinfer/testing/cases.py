@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from jaxinfer.kernels.quantised import SCHEMES, blank, quantise
 from jaxinfer.testing.check import Alone, Case
 from jaxinfer.testing.runs import DECODE, GROUP, SEEDS, Numbers, RaggedRun, RunShape, ragged_runs
 
@@ -27,7 +29,8 @@ class AttendCase(Case):
 def attend_cases(draw, shape: RunShape = DECODE, heads: tuple[int, int] = (4, 2), *, width: int = 8,
                  page_size: int | None = None, dtype: str = "float32", kv_cache_dtype: str | None = None,
                  window: int | None = None, softcap: float | None = None, sinks: bool = False) -> AttendCase:
-    """Ragged rows on pages in any order, some of them shared: q, k, v, pages and run for `attend(..., group, scale)`.
+    """Ragged rows on pages in any order, some of them shared or there twice: q, k, v, pages and run for
+    `attend(..., group, scale)`.
 
     `heads` are N query heads on K KV heads of `width`, in pages of `dtype`, or of `kv_cache_dtype` ("int8", "fp8")
     with scales in `dtype`, and of `page_size` tokens (by default the shape's 4). Our kernels for GPUs want 16 at least
@@ -67,13 +70,25 @@ def attend_error(numbers: Numbers, dtype: str, scale: float) -> float:
 
 
 @st.composite
-def matmul_cases(draw, rows: int = 5, inputs: int = 64, outputs: int = 48, dtype: str = "float32") -> Case:
-    """x_TI in float32 and w_OI in `dtype`, which is what x is rounded to as well. Our kernel for GPUs wants bfloat16,
+def matmul_cases(draw, rows: int = 5, inputs: int = 64, outputs: int = 48, dtype: str = "float32",
+                 quantize: str | None = None) -> Case:
+    """x_TI in float32 and w_OI in `dtype`, which is what x is rounded to as well; with `quantize` ("int8", "int4",
+    "fp8") a weight for `kernels.OPS["matmul_int8"]` and so on, some of whose implementations round x to eight bits.
+
+    Of several rows the last is padding: NaN, and something else in the twin. Our kernel for GPUs wants bfloat16,
     `inputs` in blocks of 128 and `outputs` in blocks of 64."""
-    rng = np.random.default_rng(draw(SEEDS))
+    rng, real = np.random.default_rng(draw(SEEDS)), max(1, rows - 1)
     size = draw(st.sampled_from((1.0, 2.0**-20, 2.0**20)), label="size")
-    x, w = rng.normal(size=(rows, inputs)) * size, rng.normal(size=(outputs, inputs))
-    return Case((jnp.asarray(x, jnp.float32), jnp.asarray(w, dtype)), atol=2.0**-20 * inputs * size)
+    x, others = (rng.normal(size=(rows, inputs)) * size for _ in range(2))
+    w, r = rng.normal(size=(outputs, inputs)), draw(st.integers(0, real - 1), label="the row alone")
+    others[r] = x[r]
+    weight, rounding = jnp.asarray(w, dtype), 0.0
+    if quantize is not None:
+        weight = jax.tree.map(jnp.asarray, quantise(w, blank(SCHEMES[quantize]["ffn"], w.shape, dtype)))
+        rounding = (2.0**-4 if quantize == "fp8" else 2.0**-7) * float(np.abs(x).max() * np.abs(w).max())
+    args = lambda x, i: (jnp.asarray(np.where(np.arange(rows)[:, None] < real, x, POISON[i]), jnp.float32), weight)
+    return Case(args(x, 0), real=lambda y: y[:real], twins=(args(x, 1),), atol=(2.0**-20 * size + rounding) * inputs,
+                alone=(Alone(args(others, 0), lambda y: y[r], lambda y: y[r]),))
 
 
 @st.composite

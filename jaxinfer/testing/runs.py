@@ -107,7 +107,10 @@ def ragged_runs(draw, shape: RunShape, window: int | None = None) -> RaggedRun:
         full = min(cached[donor], cached[-1]) // shape.S if donor >= 0 else 0
         shared = tables[donor][:draw(st.integers(0, full))] if donor >= 0 else ()
         own = -(-(cached[-1] + lens[-1]) // shape.S) - len(shared)
-        tables.append((*shared, *(free.pop() for _ in range(own))))
+        table = [*shared, *(free.pop() for _ in range(own))]
+        if (read := cached[-1] // shape.S) > 1 and draw(st.booleans()):  # a page that is there twice
+            table[draw(st.integers(1, read - 1))] = table[0]
+        tables.append(tuple(table))
         first.append(0 if window is None else max(0, cached[-1] - window + 1) // shape.S)
     return RaggedRun(shape, tuple(cached), tuple(lens), tuple(tables), tuple(first), draw(SEEDS))
 
