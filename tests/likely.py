@@ -2,7 +2,9 @@
 
 import numpy as np
 
-HOW = dict(max_context=256, max_rows=4, batch_invariant=True)
+from tests import tiny
+
+HOW = tiny.ONE_BUCKET
 PROMPTS = ["The sky is blue because", "x", [(3 + 7 * i) % 320 for i in range(100)]]
 
 

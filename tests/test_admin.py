@@ -8,7 +8,7 @@ from tests.serving import client
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
-LOAD = dict(max_context=64, max_rows=1)
+LOAD = tiny.ONE_BUCKET
 ASK = {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 
@@ -103,7 +103,7 @@ def test_a_server_that_drains_answers_503_until_it_resumes(admin, http):
 def test_ledger_plan_and_cache_are_shown(admin, tiny_path, monkeypatch, tmp_path):
     ledger = admin.get("/admin/models/tiny/ledger").json()
     assert any(entry["name"].startswith("forward") and entry["kernels"] for entry in ledger)
-    options = {"max_context": 1024, "max_rows": 2, "compile": False}
+    options = {"max_context": 1024, "max_rows": 2, "device": "h200", "compile": False}
     plan = post(admin, "plan", {"source": str(tiny_path), "options": options})
     assert plan["fits"] and plan["weights"] > 0
     assert admin.get("/admin/cache").status_code == 404  # conftest stores nothing

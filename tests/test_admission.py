@@ -13,17 +13,17 @@ import jaxinfer as ji
 from jaxinfer.errors import Closed, Expired, InvalidRequest, Rejected
 from jaxinfer.runtime import language
 from jaxinfer.runtime.delivery import Ticket
+from tests import tiny
 from tests.running import all_free, blocked, endings, eventually, held, hooked
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
-ROWS, WAITING, TOKENS = 2, 4, 100
+WAITING, TOKENS = 4, 100
 
 
 @pytest.fixture(scope="module")
 def lm(tiny_path):
-    with ji.load(tiny_path, max_context=256, max_rows=ROWS, max_waiting=WAITING, max_waiting_tokens=TOKENS,
-                 batch_invariant=True) as lm:
+    with ji.load(tiny_path, **tiny.ONE_BUCKET, max_waiting=WAITING, max_waiting_tokens=TOKENS) as lm:
         lm("x", max_tokens=2)
         yield lm
 
@@ -127,7 +127,7 @@ def test_who_waits_for_room_gets_it_in_order_and_nobody_slips_past(lm):
 
 
 def test_waiting_for_room_ends_when_the_model_is_closed(tiny_path):
-    lm = ji.load(tiny_path, max_context=256, max_rows=ROWS, max_waiting=1, batch_invariant=True)
+    lm = ji.load(tiny_path, **tiny.ONE_BUCKET, max_waiting=1)
     with held(lm) as stopped:
         running = lm.submit("x", max_tokens=100)
         assert stopped.wait(60)
@@ -152,7 +152,7 @@ def test_waiting_for_room_ends_when_the_model_is_closed(tiny_path):
 
 @pytest.mark.parametrize("point", ["queue.enter", "submit"])
 def test_a_request_that_slips_in_while_the_model_closes_ends_as_well(tiny_path, point):
-    lm = ji.load(tiny_path, max_context=256, max_rows=ROWS, batch_invariant=True)
+    lm = ji.load(tiny_path, **tiny.ONE_BUCKET)
     *path, name = point.split(".")
     owner = lm._engine.queue if path else lm._engine
     real = getattr(owner, name)

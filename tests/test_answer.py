@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import jaxinfer as ji
 from jaxinfer.request import Output, Piece, Timings
 from jaxinfer.runtime.answer import Answer
+from tests import tiny
 from tests.running import at_rest, blocked, endings, eventually
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -24,7 +25,7 @@ LONG = dict(max_tokens=240, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def lm(tiny_path):
-    with ji.load(tiny_path, max_context=256, max_rows=4, batch_invariant=True) as lm:
+    with ji.load(tiny_path, **tiny.ONE_BUCKET) as lm:
         yield lm
 
 
@@ -284,6 +285,6 @@ def test_a_done_callback_that_exits_harms_nobody_else(lm):
 
 
 def test_a_stream_keeps_its_model(tiny_path):
-    stream = ji.load(tiny_path, max_context=256, max_rows=4, batch_invariant=True).stream("x", **ASK)
+    stream = ji.load(tiny_path, **tiny.ONE_BUCKET).stream("x", **ASK)
     gc.collect()
     assert len(list(stream)) > 0

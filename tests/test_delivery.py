@@ -11,6 +11,7 @@ import jaxinfer as ji
 from jaxinfer import events
 from jaxinfer.request import Sampling, Sequence
 from jaxinfer.runtime.delivery import Sample
+from tests import tiny
 from tests.running import all_free, at_rest, eventually, hooked
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -20,7 +21,7 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def lm(tiny_path):
-    with ji.load(tiny_path, max_context=256, max_rows=4, batch_invariant=True) as lm:
+    with ji.load(tiny_path, **tiny.ONE_BUCKET) as lm:
         yield lm
 
 

@@ -30,19 +30,22 @@ from jaxinfer.errors import (
     StepFailed,
     UnsupportedModel,
 )
+from jaxinfer.frontend.architectures import architecture
 from jaxinfer.graph import Run, forward
 from jaxinfer.graphs import decoder
 from jaxinfer.kernels import attend, init_pages, tracing
 from jaxinfer.runtime import memory as planning
-from tests.running import all_free, eventually
+from tests import tiny
+from tests.running import IN_HASTE, all_free, eventually
 
 pytestmark = pytest.mark.usefixtures("in_haste")
+HOW = dict(max_context=1024, max_rows=2)  # the model of most tests here, so that all share its programs
 PROMPTS = ["The sky is blue because", "Once upon a time", "x", "w1 w2 w3 w4 w5 w6 w7", "Привет, мир! 你好", "a" * 80]
 
 
 @pytest.fixture(scope="module")
 def lm(tiny_path):
-    with ji.load(tiny_path, max_context=1024, max_rows=4) as lm:
+    with ji.load(tiny_path, **HOW) as lm:
         yield lm
 
 
@@ -131,20 +134,20 @@ def test_prompts_at_the_borders_of_pages_and_chunks_go_on_as_longer_ones_do(wind
 
 def test_junk_in_unwritten_memory_changes_no_bit(tiny_path, lm):
     expected = [o.tokens for o in lm.generate(PROMPTS, max_tokens=30)]
-    with ji.load(tiny_path, max_context=1024, max_rows=4) as poisoned:
+    with ji.load(tiny_path, **HOW) as poisoned:
         engine = poisoned._engine
         engine.state = jax.tree.map(lambda page: jnp.full_like(page, jnp.nan), engine.state)
         assert [o.tokens for o in poisoned.generate(PROMPTS, max_tokens=30)] == expected
 
 
 def test_a_preempted_sequence_resumes_with_the_same_tokens(windowed_path):
-    how = dict(max_context=256, max_rows=6, batch_invariant=True)  # one bucket: little to compile
-    with ji.load(windowed_path, **how) as roomy:
-        expected = [o.tokens for o in roomy.generate(PROMPTS, max_tokens=150)]
-        graph, chunk = roomy.graph, roomy._engine.scheduler.chunk
-    need = planning.needs(graph, dtype=jnp.float32, max_context=256, max_rows=6, chunk=chunk)
-    with ji.load(windowed_path, **how, memory=need.least + need.row // 8) as tight:
-        assert [o.tokens for o in tight.generate(PROMPTS * 2, max_tokens=150)] == expected * 2
+    graph, ladder = architecture(tiny.WINDOWED).graph(), buckets.invariant_ladder(4, 256)
+    need = planning.needs(graph, dtype=jnp.float32, max_context=256, max_rows=4, chunk=ladder.chunk)
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[-1]]
+    with ji.load(windowed_path, **tiny.ONE_BUCKET, memory=need.least + need.row // 8) as tight:
+        expected = [tight(prompt, max_tokens=70, reuse=False).tokens for prompt in prompts]
+        assert tight._engine.scheduler.preempted == 0, "one has room"
+        assert [o.tokens for o in tight.generate(prompts * 3, max_tokens=70)] == expected * 3
         assert tight._engine.scheduler.preempted > 0, "there was memory for all: nothing was tested"
         assert all_free(tight)
 
@@ -306,7 +309,8 @@ def test_after_warmup_nothing_compiles(lm):
 def test_a_missing_bucket_borrows_a_larger_one_and_says_why(tiny_path):
     with ji.load(tiny_path, max_context=256, max_rows=4) as lm:
         executables, seen = lm._engine.executables, []
-        executables.warmup([buckets.prompt(32), buckets.decode(4)])
+        executables.compile_all(Key("forward", buckets.prompt(32)), Key("forward", buckets.decode(4)),
+                                Key("greedy", 1), Key("greedy", 4))
         compiling = threading.Event()
         slow, executables._compile = executables._compile, lambda *it: (compiling.wait(20), slow(*it))[1]
         with events.observe(seen.append):
@@ -378,7 +382,7 @@ def test_a_graph_of_ones_own_runs_in_the_same_engine(tiny_path, lm):
 
         return replace(graph, blocks=(*graph.blocks[:-1], replace(last, apply=apply)))
 
-    how = dict(max_context=256, max_rows=2, batch_invariant=True)
+    how = tiny.ONE_BUCKET
     with ji.load(tiny_path, graph=louder, **how) as mine:
         expected, gap = plainly(mine, "Once", 12)
         assert gap > 1e-4 and mine("Once", max_tokens=12).tokens == expected
@@ -388,7 +392,7 @@ def test_a_graph_of_ones_own_runs_in_the_same_engine(tiny_path, lm):
 
 
 def test_kernels_are_forced_where_they_are_named_and_nowhere_else(tiny_path, lm):
-    with ji.load(tiny_path, max_context=256, max_rows=2, kernels={"attend": "reference"}) as other:
+    with ji.load(tiny_path, **HOW, kernels={"attend": "reference"}) as other:
         assert other("Once", max_tokens=8).tokens == lm("Once", max_tokens=8).tokens
         chosen = [entry.kernels for entry in other.ledger if "attend" in entry.kernels]
     assert chosen and all(c["attend"] == "reference" and c["matmul"] == "two_rows" for c in chosen)
@@ -399,7 +403,7 @@ def test_a_kernel_for_some_calls_serves_those_and_the_ledger_tells(tiny_path, lm
     decode_only = lambda q, k, v, pages, run, **_: run.longest == 1
     attend.add("mine", ("cpu",), attend.reference, decode_only)
     try:
-        with ji.load(tiny_path, max_context=256, max_rows=2, kernels={"attend": "mine"}) as other:
+        with ji.load(tiny_path, **HOW, kernels={"attend": "mine"}) as other:
             other._engine.executables.compile_all(*(Key("forward", b) for b in (buckets.prompt(32), buckets.decode(1))))
             assert other("Once", max_tokens=8).tokens == lm("Once", max_tokens=8).tokens
             chosen = {e.name: e.kernels["attend"] for e in other.ledger if e.hits and "attend" in e.kernels}
@@ -452,7 +456,7 @@ def test_an_unknown_architecture_is_named(tiny_path, tmp_path):
 
 
 def test_closing_fails_what_runs_and_refuses_what_comes(tiny_path):
-    lm = ji.load(tiny_path, max_context=1024, max_rows=2)
+    lm = ji.load(tiny_path, **HOW)
     stream = lm.stream("x", max_tokens=1000)
     next(stream)
     lm.close()
@@ -467,17 +471,18 @@ def test_closing_fails_what_runs_and_refuses_what_comes(tiny_path):
 def test_exit_with_requests_in_flight_does_not_hang(tiny_path):
     script = f"""
 import jaxinfer as ji
-lm = ji.load({str(tiny_path)!r}, max_context=1024, max_rows=2)
+lm = ji.load({str(tiny_path)!r}, **{HOW!r})
 stream = lm.stream("x", max_tokens=1000)
 next(stream)
 """
-    done = subprocess.run([sys.executable, "-c", script], timeout=90, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | IN_HASTE, timeout=90, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_ten_models_loaded_and_closed_leave_nothing_behind(tiny_path):
     def once():
-        with ji.load(tiny_path, max_context=256, max_rows=2, batch_invariant=True) as lm:
+        with ji.load(tiny_path, **tiny.ONE_BUCKET) as lm:
             lm("x", max_tokens=3)
 
     once()
@@ -503,7 +508,7 @@ def test_an_observer_that_raises_harms_nobody(lm, capfd, kind):
 
 
 def test_a_compile_that_failed_is_tried_again(tiny_path):
-    with ji.load(tiny_path, max_context=256, max_rows=2) as lm:
+    with ji.load(tiny_path, **HOW) as lm:
         executables, real = lm._engine.executables, lm._engine.executables.lower
         bucket = executables.ladder.holding(buckets.prompt(32))[0]
         executables.warmup([bucket])
@@ -517,7 +522,7 @@ def test_a_compile_that_failed_is_tried_again(tiny_path):
 
 
 def test_a_compile_that_failed_for_a_request_is_tried_again_for_the_next(tiny_path):
-    with ji.load(tiny_path, max_context=256, max_rows=2, batch_invariant=True) as lm:
+    with ji.load(tiny_path, **tiny.ONE_BUCKET) as lm:
         executables, real = lm._engine.executables, lm._engine.executables.lower
         lm("x", max_tokens=2)
         executables.lower = lambda key: 1 / 0
@@ -529,7 +534,7 @@ def test_a_compile_that_failed_for_a_request_is_tried_again_for_the_next(tiny_pa
 
 
 def test_users_functions_that_come_at_once_leave_no_more_programs_than_are_kept(tiny_path):
-    with ji.load(tiny_path, max_context=256, max_rows=2, batch_invariant=True) as lm:
+    with ji.load(tiny_path, **tiny.ONE_BUCKET) as lm:
         answers = [lm.submit("x", max_tokens=2, logits=lambda logits_V, _, i=i: logits_V + i) for i in range(40)]
         assert {len(answer.result(60).tokens) for answer in answers} == {2}
         lm("x", max_tokens=2, logits=lambda logits_V, _: logits_V)
@@ -538,7 +543,7 @@ def test_users_functions_that_come_at_once_leave_no_more_programs_than_are_kept(
 
 def test_what_a_request_needs_is_compiled_before_it_is_admitted(tiny_path):
     """In every bucket that a step of it can run in: its neighbours never wait for it."""
-    with ji.load(tiny_path, max_context=256, max_rows=4) as lm:
+    with ji.load(tiny_path, **HOW) as lm:
         lm.generate(["a", "b", "c", "d"], max_tokens=12)
         compiled = []
         hear = lambda e: compiled.append((e.name, threading.current_thread().name)) \
@@ -574,7 +579,7 @@ def test_the_next_step_leaves_before_the_one_before_it_is_read_back(lm, monkeypa
     dispatch, commit = engine._dispatch, engine._commit
     monkeypatch.setattr(engine, "_dispatch", lambda plan: (log.append(("out", plan.number)), dispatch(plan))[1])
     monkeypatch.setattr(engine, "_commit", lambda flight: (log.append(("in", flight.plan.number)), commit(flight)))
-    lm.generate(PROMPTS, max_tokens=30, ignore_eos=True)
+    lm.generate(PROMPTS[:4], max_tokens=30, ignore_eos=True)
     ahead = [n for kind, n in log if kind == "in" and ("out", n + 1) in log[: log.index(("in", n))]]
     assert len(ahead) >= sum(kind == "in" for kind, _ in log) - 2, log
 
@@ -586,26 +591,22 @@ def watch(owner, name, monkeypatch):
     return seen
 
 
-def test_a_prompt_is_read_beside_decode_rows_where_attention_can_mix(tiny_path, windowed_path, monkeypatch):
-    """As on a GPU or a TPU, whose attention says so."""
+def test_a_prompt_is_read_beside_decode_rows_where_attention_can_mix(windowed_path, windowed, monkeypatch):
+    """As on a GPU or a TPU, whose attention says so. Of this model's layers one sees all, and two through a window."""
     monkeypatch.setattr("jaxinfer.kernels.chunks", lambda platform: 1)
-    for path in (tiny_path, windowed_path):
-        with ji.load(path, max_context=512, max_rows=4, dtype="float32") as mixed:
-            plans = watch(mixed._engine.scheduler, "plan", monkeypatch)
-            outputs = mixed.generate([PROMPTS[0], [5] * 300, *PROMPTS[1:]], max_tokens=24, logprobs=0, ignore_eos=True)
-            assert any(plan and plan.singles and len(plan.ids) > plan.singles for plan in plans), "nothing was mixed"
-        monkeypatch.setattr("jaxinfer.kernels.chunks", lambda platform: 0)
-        with ji.load(path, max_context=512, max_rows=4, dtype="float32") as plain:
-            for output in outputs:
-                alone = plain(output.prompt_tokens, max_tokens=24, logprobs=0, ignore_eos=True)
-                ours, theirs = ([t.logprob for t in o.logprobs] for o in (output, alone))
-                assert output.tokens == alone.tokens
-                np.testing.assert_allclose(ours, theirs, atol=1e-3)
-        monkeypatch.setattr("jaxinfer.kernels.chunks", lambda platform: 1)
+    with ji.load(windowed_path, max_context=256, max_rows=2) as mixed:
+        plans = watch(mixed._engine.scheduler, "plan", monkeypatch)
+        outputs = mixed.generate([PROMPTS[0], [5] * 200, *PROMPTS[1:]], max_tokens=24, logprobs=0, ignore_eos=True)
+        assert any(plan and plan.singles and len(plan.ids) > plan.singles for plan in plans), "nothing was mixed"
+    for output in outputs:
+        alone = windowed(output.prompt_tokens, max_tokens=24, logprobs=0, ignore_eos=True)
+        ours, theirs = ([t.logprob for t in o.logprobs] for o in (output, alone))
+        assert output.tokens == alone.tokens
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
 def test_a_model_that_is_dropped_is_closed(tiny_path):
-    lm = ji.load(tiny_path, max_context=256, max_rows=2)
+    lm = ji.load(tiny_path, **HOW)
     lm("x", max_tokens=2)
     thread = lm._engine._thread
     del lm

@@ -163,7 +163,7 @@ Executables.lower = lambda self, key: (key.kind == "logprobs" and time.sleep(100
 
 def test_the_command_serves_with_a_log_that_takes_nothing_and_ends_in_the_middle_of_a_compile(tiny_path):
     with full_disk() as full:
-        server = Command(f"tiny={tiny_path}", "--max-context", "256", "--max-rows", "1", port=free_port(), log=full,
+        server = Command(f"tiny={tiny_path}", "--max-context", "128", "--max-rows", "1", port=free_port(), log=full,
                          first=ENDLESS)
     with client(server.url) as http:
         assert eventually(lambda: ready(http), seconds=120)

@@ -11,12 +11,13 @@ import pytest
 
 import jaxinfer as ji
 from jaxinfer.serving.openai.feed import Feed
+from tests import tiny
 from tests.running import at_rest, blocked, eventually, hooked
 from tests.serving import CITY, CLOCK, TOOLS_TEMPLATE, WEATHER, chunks, client, events
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
-LOAD = dict(max_context=512, max_rows=4, max_waiting=8, batch_invariant=True)
+LOAD = tiny.ONE_BUCKET | dict(max_context=512, max_waiting=8)
 DRAW = dict(max_tokens=10, seed=5, temperature=0.8, ignore_eos=True)
 ASK = {"model": "tiny", "prompt": "Hello", **DRAW}
 DEEP = json.loads("[" * 200 + "]" * 200)

@@ -17,6 +17,7 @@ from jaxinfer.kernels import init_pages, tracing
 from jaxinfer.request import Sampling, Sequence
 from jaxinfer.runtime.pack import Packer
 from jaxinfer.scheduler import Began, Plan
+from tests import tiny
 from tests.running import at_rest, eventually
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -26,7 +27,7 @@ VOCAB = 320
 
 @pytest.fixture(scope="module")
 def lm(tiny_path):
-    with ji.load(tiny_path, max_context=256, max_rows=4, batch_invariant=True) as lm:
+    with ji.load(tiny_path, **tiny.ONE_BUCKET) as lm:
         yield lm
 
 

@@ -10,10 +10,14 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxinfer as ji
+from tests import tiny
+from tests.running import IN_HASTE
+
+pytestmark = pytest.mark.usefixtures("in_haste")
 
 PROMPTS = ["The sky is blue because", "Once upon a time", "x", [(3 + 7 * i) % 320 for i in range(90)]]
 HOW = dict(max_tokens=12, ignore_eos=True)
-LOAD = dict(max_context=128, max_rows=2, batch_invariant=True)
+LOAD = tiny.ONE_BUCKET
 
 PROGRAM = """
 import json, sys
@@ -67,7 +71,7 @@ def told(tiny_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-c", PROGRAM, address]
     both = [subprocess.Popen([*command, str(i), str(tiny_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}) for i in range(2)]
+                             text=True, env={**os.environ, **IN_HASTE, "PYTHONPATH": os.getcwd()}) for i in range(2)]
     try:
         ends = [process.communicate(timeout=300) for process in both]
     finally:

@@ -27,12 +27,13 @@ from jaxinfer.serving.operations import Events, Operation
 from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Part
 from jaxinfer.serving.threads import OPERATING, WATCHING
+from tests import tiny
 from tests.running import eventually
 from tests.serving import Command, client, events
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
-TINY = ["--max-context", "256", "--max-rows", "1"]
+TINY = "--max-context", "128", "--max-rows", "1"  # tiny.ALONE
 
 
 def constant():
@@ -210,7 +211,7 @@ def test_what_is_quick_does_not_wait_for_what_is_prepared_slowly(tiny_path, monk
         return quick(self, prompt)
 
     monkeypatch.setattr(LanguageModel, "tokens_of", tokens_of)
-    with (ji.serve({"tiny": tiny_path}, port=0, load=dict(max_context=128, max_rows=2)) as server,
+    with (ji.serve({"tiny": tiny_path}, port=0, load=tiny.ONE_BUCKET) as server,
           client(server) as http, ThreadPoolExecutor(48) as asking):
         ask = {"model": "tiny", "prompt": "slow", "max_tokens": 1}
         answers = [asking.submit(http.post, "/v1/completions", json=ask) for _ in range(48)]
@@ -242,7 +243,7 @@ def test_no_prompt_and_no_key_is_in_the_log(tiny_path, caplog, capfd, monkeypatc
     def broken(ask, **_):
         raise RuntimeError(f"the prompt was {ask.prompt}")
 
-    with (ji.serve({"tiny": tiny_path}, port=0, api_keys=["KEY-SECRET"], load=dict(max_context=128, max_rows=2))
+    with (ji.serve({"tiny": tiny_path}, port=0, api_keys=["KEY-SECRET"], load=tiny.ONE_BUCKET)
           as server, client(server, "KEY-SECRET") as http, caplog.at_level(logging.DEBUG)):
         ask = {"model": "tiny", "prompt": "TOP-SECRET", "max_tokens": 2}
         assert http.post("/v1/completions", json=ask).status_code == 200
@@ -324,7 +325,7 @@ def test_a_server_frees_its_port_and_leaves_the_callers_models_alone(double):
 
 
 def test_serve_takes_registries_lists_and_sources_and_closes_what_it_loaded(double, tiny_path):
-    with ji.serve([double, tiny_path], port=0, load=dict(max_context=64, max_rows=2)) as server:
+    with ji.serve([double, tiny_path], port=0, load=tiny.ONE_BUCKET) as server:
         assert set(server.registry) == {double.name, tiny_path.name}
         loaded = server.registry[tiny_path.name].version.model
     with pytest.raises(ji.JaxinferError):
@@ -345,9 +346,9 @@ def test_serve_takes_registries_lists_and_sources_and_closes_what_it_loaded(doub
 
 
 def test_a_server_is_closed_while_a_model_of_its_is_drained(tiny_path):
-    server = ji.serve({"tiny": tiny_path}, port=0, load=dict(max_context=256, max_rows=1))
+    server = ji.serve({"tiny": tiny_path}, port=0, load=tiny.ALONE)
     lm = server.registry["tiny"].version.model
-    answers = [lm.submit("x", max_tokens=250, ignore_eos=True) for _ in range(99)]
+    answers = [lm.submit("x", max_tokens=120, ignore_eos=True) for _ in range(200)]
     drain = threading.Thread(target=server.registry.unload, args=("tiny",))
     drain.start()
     assert eventually(lambda: lm.closed)
@@ -359,10 +360,10 @@ def test_a_server_is_closed_while_a_model_of_its_is_drained(tiny_path):
 
 
 def test_sigterm_under_load_ends_what_runs_and_refuses_what_comes(tiny_path):
-    command = Command(f"tiny={tiny_path}", "missing=/no/such/model", "--max-context", "2048", "--max-rows", "1")
+    command = Command(f"tiny={tiny_path}", "missing=/no/such/model", *TINY)
     command.wait_for("tiny is ready")
     command.wait_for("missing could not be loaded")
-    ask = {"model": "tiny", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True, "n": 2}
+    ask = {"model": "tiny", "prompt": "Hello", "max_tokens": 100, "ignore_eos": True, "n": 30}
     with client(command.url) as http:
         assert http.post("/v1/completions", json=ask | {"model": "missing"}).status_code == 503
         with http.stream("POST", "/v1/completions", json=ask | {"stream": True}) as response:
@@ -374,7 +375,7 @@ def test_sigterm_under_load_ends_what_runs_and_refuses_what_comes(tiny_path):
             assert refused.status_code == 503 and refused.headers["retry-after"]
             *chunks, done = [data for _, data in parts]
     assert done == "[DONE]"
-    assert sum(json.loads(chunk)["choices"][0]["finish_reason"] == "length" for chunk in chunks) == 2
+    assert sum(json.loads(chunk)["choices"][0]["finish_reason"] == "length" for chunk in chunks) == 30
     assert command.end() == 0 and "Traceback" not in command.said
 
 
@@ -388,7 +389,7 @@ def test_a_second_signal_ends_the_grace(tiny_path):
     command.wait_for("tiny is ready")
     with client(command.url, "b") as http:
         with http.stream("POST", "/v1/completions", json={
-                "model": "tiny", "prompt": "x", "max_tokens": 250, "n": 99, "stream": True, "ignore_eos": True}
+                "model": "tiny", "prompt": "x", "max_tokens": 120, "n": 128, "stream": True, "ignore_eos": True}
                 ) as response:
             parts = events(response)
             next(parts)

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 import jaxinfer as ji
 from jaxinfer.serving import dashboard, metrics
 from jaxinfer.serving.app import public
+from tests import tiny
 from tests.running import eventually
 from tests.watching import site_of
 
@@ -23,7 +24,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def served(tiny_path):
-    lm = ji.load(tiny_path, max_context=128, max_rows=2)
+    lm = ji.load(tiny_path, **tiny.ONE_BUCKET)
     site = site_of(tiny=lm)
     yield lm, public(site, [metrics.part(site), dashboard.part(site)])
     site.registry.close()

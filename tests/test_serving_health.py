@@ -17,6 +17,7 @@ from jaxinfer.serving import health
 from jaxinfer.serving.app import public
 from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Loading
+from tests import tiny
 from tests.running import blocked, eventually
 from tests.watching import site_of
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("in_haste")
 @pytest.fixture
 def served(tiny_path):
     """A site with one model, the model, and a client of its probes."""
-    lm = ji.load(tiny_path, max_context=128, max_rows=1, max_waiting=1)
+    lm = ji.load(tiny_path, **tiny.ALONE, max_waiting=1)
     site = site_of(tiny=lm)
     with TestClient(public(site, [health.part(site)])) as client:
         assert eventually(lambda: all(heart.supervised for heart in lm.hearts))

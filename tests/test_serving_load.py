@@ -10,6 +10,7 @@ import pytest
 import jaxinfer as ji
 from bench.support.open_load import offer
 from jaxinfer.serving import command
+from tests import tiny
 from tests.running import all_free, blocked, eventually
 
 STREAMS, WAITING, NEW = 200, 30, 5
@@ -20,7 +21,7 @@ FILES = Path("/proc/self/fd")
 def test_of_two_hundred_streams_the_accepted_complete_and_the_others_get_429_at_once_and_are_not_read(tiny_path):
     ask = lambda i: {"model": "tiny", "messages": [{"role": "user", "content": f"number {i}"}], "max_tokens": NEW,
                      "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-    with ji.load(tiny_path, max_context=128, max_rows=4, max_waiting=WAITING) as lm:
+    with ji.load(tiny_path, **tiny.ONE_BUCKET, max_waiting=WAITING) as lm:
         lm.warmup = lambda **_: None  # only what is asked for is compiled
         lm("x", max_tokens=2)
         with ji.serve({"tiny": lm}, port=0) as server:

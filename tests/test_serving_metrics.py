@@ -13,6 +13,7 @@ from jaxinfer.errors import Rejected
 from jaxinfer.serving import metrics
 from jaxinfer.serving.app import public
 from jaxinfer.serving.record import Histogram, quantile
+from tests import tiny
 from tests.running import blocked, eventually
 from tests.watching import site_of
 
@@ -23,7 +24,7 @@ PROMPTS = [[7, *range(100, 100 + n)] for n in (3, 90, 90)]
 
 @pytest.fixture(scope="module")
 def served(tiny_path):
-    lm = ji.load(tiny_path, max_context=128, max_rows=2, max_waiting=1)
+    lm = ji.load(tiny_path, **tiny.ONE_BUCKET, max_waiting=1)
     f = ji.endpoint(lambda x: x * 2, example=np.zeros(3, np.float32), max_batch=4)
     site = site_of(tiny=lm, double=f)
     with TestClient(public(site, [metrics.part(site)])) as client:

@@ -23,6 +23,7 @@ from jaxinfer.serving.app import public
 from jaxinfer.serving.settings import Settings
 from jaxinfer.serving.site import Part
 from jaxinfer.serving.trace import Trace, parse
+from tests import tiny
 from tests.collector import attributes, collector, metrics, records, spans
 from tests.watching import site_of
 
@@ -50,7 +51,7 @@ def asking(lm) -> Part:
 
 @pytest.fixture(scope="module")
 def lm(tiny_path):
-    with ji.load(tiny_path, max_context=256, max_rows=2) as lm:
+    with ji.load(tiny_path, **tiny.ONE_BUCKET) as lm:
         lm._engine.scheduler.chunk = 32  # a prompt of 81 tokens comes in three
         lm(PROMPT, max_tokens=6, ignore_eos=True, temperature=0.5, reuse=False)
         yield lm

@@ -30,7 +30,7 @@ from jaxinfer.runtime import memory as planning
 from jaxinfer.runtime.ahead import compile_ahead
 from jaxinfer.scheduler import PageGroup
 from tests import test_text_encoder, tiny
-from tests.running import eventually, seen_events
+from tests.running import IN_HASTE, eventually, seen_events
 from tests.test_tiers import THREE, tight
 
 CPU = jax.devices("cpu")[0]
@@ -342,7 +342,7 @@ def test_programs_of_several_devices_of_layers_that_stream_and_of_stateless_mode
     deep, bert = tiny.write(tmp_path / "deep", THREE), test_text_encoder.write(tmp_path / "bert")
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | {
         "JAXINFER_CACHE": str(tmp_path / "cache"), "JAXINFER_CACHE_GB": "1", "PYTHONPATH": os.getcwd(),
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4", **IN_HASTE}
     runs = []
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", EVERY_KIND, tiny_path, deep, bert, str(tight(THREE, **LOAD))],

@@ -14,6 +14,7 @@ from jaxinfer import events
 from jaxinfer.errors import StepFailed
 from jaxinfer.runtime import supervisor
 from jaxinfer.runtime.supervisor import DEAD, MOST, Supervisor
+from tests import tiny
 from tests.running import all_free, blocked, eventually, hooked, seen_events
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("in_haste")
 
 @pytest.fixture(scope="module")
 def lm(tiny_path):
-    with ji.load(tiny_path, max_context=128, max_rows=1) as lm:
+    with ji.load(tiny_path, **tiny.ALONE) as lm:
         yield lm
 
 
@@ -265,7 +266,7 @@ def test_books_that_killed_their_engine_are_begun_anew(lm, monkeypatch):
 
 
 def test_closing_while_nobody_has_taken_over_tells_who_waits(tiny_path):
-    with ji.load(tiny_path, max_context=128, max_rows=1) as lm:
+    with ji.load(tiny_path, **tiny.ALONE) as lm:
         lm._engine.supervised = True  # and nobody looks
         with blocked(lm):
             waiting = ask(lm)

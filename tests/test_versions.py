@@ -10,6 +10,7 @@ import pytest
 import jaxinfer as ji
 from jaxinfer import events
 from jaxinfer.errors import Closed, InvalidOption
+from tests import tiny
 from tests.running import all_free, blocked, eventually
 
 pytestmark = pytest.mark.usefixtures("in_haste")
@@ -20,7 +21,7 @@ HOW = dict(max_tokens=40, ignore_eos=True, logprobs=1)
 
 @pytest.fixture(scope="module")
 def lm(tiny_path):
-    with ji.load(tiny_path, max_context=256, max_rows=6, batch_invariant=True) as lm:
+    with ji.load(tiny_path, **tiny.ONE_BUCKET) as lm:
         lm.warmup()
         yield lm
 
@@ -128,7 +129,7 @@ def test_what_does_not_fit_is_refused(lm, weights):
 
 
 def test_a_language_model_is_drained(tiny_path):
-    lm = ji.load(tiny_path, max_context=256, max_rows=2, batch_invariant=True)
+    lm = ji.load(tiny_path, **tiny.ONE_BUCKET)
     answers = [lm.submit("x", max_tokens=60, ignore_eos=True) for _ in range(5)]
     drainer = threading.Thread(target=lm.drain)
     drainer.start()
@@ -142,7 +143,7 @@ def test_a_language_model_is_drained(tiny_path):
 
 def test_language_models_live_in_a_registry(tiny_path):
     registry = ji.Registry()
-    make = lambda: ji.load(tiny_path, max_context=256, max_rows=2, batch_invariant=True)
+    make = lambda: ji.load(tiny_path, **tiny.ONE_BUCKET)
     registry.load("tiny", make)
     registry.load("tiny", make)
     output = registry["tiny"]("x", max_tokens=3)

@@ -21,6 +21,9 @@ WINDOWED = {**COMMON, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM
             "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}
 ROUTED = {**COMMON, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2,
           "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [0]}
+# How tests load a model unless they are about another way: what one of them has compiled, the others read.
+ALONE = dict(max_context=128, max_rows=1)  # as a user does, for one request at a time
+ONE_BUCKET = dict(max_context=256, max_rows=4, batch_invariant=True)  # as little to compile as can be
 GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512}
 
 
