@@ -31,14 +31,14 @@ from jaxinfer.runtime.ring import Ring
 from jaxinfer.runtime.tiers import STAGES, Tiers, plan_tiers, streaming
 from tests import tiny
 from tests.likely import PROMPTS
-from tests.running import all_free, eventually
+from tests.running import IN_HASTE, all_free, eventually
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
 DEEP = {**tiny.PLAIN, "hidden_size": 256, "intermediate_size": 1024, "num_key_value_heads": 1,
         "num_hidden_layers": 12}  # of few pages
 LONE = dict(max_context=64, max_rows=1, batch_invariant=True)
-HOW = dict(max_context=256, max_rows=4, batch_invariant=True)
+HOW = tiny.ONE_BUCKET
 TOKENS = dict(max_tokens=12, ignore_eos=True)
 
 
@@ -72,7 +72,7 @@ def written(tmp_path_factory):
 # --- the same tokens ---
 
 THREE = {**tiny.PLAIN, "num_hidden_layers": 3}
-WIDER = {**tiny.PLAIN, "num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 1024}
+WIDER = {**THREE, "hidden_size": 128, "intermediate_size": 1024}
 MODELS = {
     "windowed": (tiny.WINDOWED, {}),
     "routed": ({**tiny.ROUTED, "num_hidden_layers": 3}, {}),
@@ -94,20 +94,25 @@ def test_a_streamed_model_gives_the_same_tokens(written, name):
 
 
 def test_steps_of_every_shape_and_what_reads_a_prompt_for_its_own_sake_are_streamed(written):
-    path, how, found = written(THREE), dict(max_context=128, max_rows=2), []
-    for budget in (None, tight(THREE, **how)):
-        with ji.load(path, **how, device_memory=budget) as lm:
-            programs = lm._engine.executables
-            programs.compile_all(*(Key("forward", decode(rows)) for rows in (1, 2)), Key("greedy", 1), Key("greedy", 2))
-            outputs = lm.generate([[3, 5, 7], [9]], [ji.Sampling(max_tokens=n, ignore_eos=True) for n in (6, 12)])
-            used = {entry.name.split("[")[1] for entry in lm.ledger if entry.hits and "T=" in entry.name}
-            found.append(([output.tokens for output in outputs], lm.score([[3, 5, 7]])[0].perplexity,
-                          lm.embed([[3, 5]])))
+    def found(lm):
+        outputs = lm.generate([[3, 5, 7], [9]], [ji.Sampling(max_tokens=n, ignore_eos=True) for n in (6, 12)])
+        return [output.tokens for output in outputs], lm.score([[3, 5, 7]])[0].perplexity, lm.embed([[3, 5]])
+
+    path, how = written(WIDER), dict(max_context=64, max_rows=2)
+    two_rows = tight(WIDER, **how) + needs(WIDER, **how)[2].row
+    with ji.load(path, **HOW) as lm:
+        tokens, perplexity, vector = found(lm)
+    with ji.load(path, **how, device_memory=two_rows) as lm:
+        assert lm.tiers.streamed == (0, 1, 2), "a layer stayed"
+        programs = lm._engine.executables
+        decodes = [part for rows in (1, 2) for part in programs.parts(Key("forward", decode(rows)))]
+        programs.compile_all(*decodes, Key("greedy", 1), Key("greedy", 2))
+        streamed = found(lm)
+        used = {entry.name.split("[")[1] for entry in lm.ledger if entry.hits and "T=" in entry.name}
     assert {"T=32,R=1]", "T=2,R=2]", "T=1,R=1]"} <= used
-    (expected, perplexity, vector), (tokens, *others) = found
-    assert tokens == expected
-    np.testing.assert_allclose(others[0], perplexity, rtol=1e-4)
-    np.testing.assert_allclose(others[1], vector, atol=1e-4)
+    assert streamed[0] == tokens
+    np.testing.assert_allclose(streamed[1], perplexity, rtol=1e-4)
+    np.testing.assert_allclose(streamed[2], vector, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +381,7 @@ def test_resident_memory_does_not_grow_with_the_model(deep, written):
     large = {**DEEP, "num_hidden_layers": 72}
     budget = tight(large, **LONE)
     command = [sys.executable, "-c", RESIDENT, deep[0], written(large), str(budget)]
-    ran = subprocess.run(command, env={**os.environ, "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True,
-                         check=True)
+    env = {**os.environ, **IN_HASTE, "MALLOC_ARENA_MAX": "1"}
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     weights, slack = planning.nbytes(needs(large, **LONE)[0].spec, jnp.float32), 10**8  # XLA compiles
     assert int(ran.stdout) < budget + slack < weights / 2
