@@ -54,8 +54,8 @@ def test_weights_and_pages_are_those_that_a_loaded_model_holds(config, options, 
 
 
 def test_a_plan_for_this_machine_tries_it_and_takes_the_memory_that_load_would(tiny_path):
-    found = ji.plan(tiny_path, traffic=SHORT, max_rows=2, max_context=128)
-    with ji.load(tiny_path, max_rows=2, max_context=128) as lm:
+    found = ji.plan(tiny_path, traffic=SHORT, max_rows=1, max_context=64)
+    with ji.load(tiny_path, max_rows=1, max_context=64) as lm:
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lm._engine.executables.state))
     assert found.device == "cpu" and found.pages == held and 0 < found.temporaries < 2**24
     assert all(step.seconds > 0 for step in found.steps) and "measured here" in str(found)

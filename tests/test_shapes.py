@@ -19,7 +19,8 @@ from tests.running import all_free, seen_events
 from tests.test_tiers import needs
 
 CPU = Placement(jax.devices("cpu")[0])
-HOW = dict(max_context=64, max_rows=2, batch_invariant=True)  # one bucket: little to compile
+HOW = tiny.ONE_BUCKET
+ONE_LAYER = {"num_hidden_layers": 1}  # which leaves as many temporaries as many do
 ASKED = dict(max_tokens=6, ignore_eos=True)
 
 
@@ -51,7 +52,8 @@ def test_nothing_is_compiled_for_what_no_temporaries_could_save(tiny_path, need)
     assert not seen
 
 
-@pytest.mark.parametrize("config", [tiny.PLAIN, tiny.WINDOWED, tiny.ROUTED, tiny.GPT2],
+@pytest.mark.parametrize("config", [tiny.PLAIN | ONE_LAYER, tiny.WINDOWED,
+                                    tiny.ROUTED | ONE_LAYER | {"mlp_only_layers": []}, tiny.GPT2 | {"n_layer": 1}],
                          ids=["plain", "windowed", "routed", "gpt2"])
 def test_no_program_takes_more_than_the_estimate(config):
     graph, sizes = architecture(config, max_context=256).graph(), dict(max_context=256, max_rows=4)
