@@ -80,6 +80,19 @@ def test_four_bits_keep_the_blocks_of_a_q4_1_file_to_the_bit(seed):
     np.testing.assert_array_equal(quantised(rows, INT4).dequantised(), rows)
 
 
+@given(seed=SEEDS)
+def test_four_bits_keep_the_blocks_of_a_q4_0_file_to_the_bit(seed):
+    """Whose largest number is at the first of sixteen levels, whatever its sign; the others need not reach the last."""
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(0, rng.integers(8, 17), (5, 2, 32))
+    levels[..., 7] = 0
+    d = rng.normal(size=(5, 2, 1)).astype(np.float16).astype(np.float32)
+    rows = ((levels - 8) * d).astype(np.float32).reshape(5, 64)
+    held = quantised(rows, INT4)
+    np.testing.assert_array_equal(held.dequantised(), rows)
+    assert finite(held)
+
+
 @pytest.mark.parametrize(("inputs", "apart"), [(96, 8), (192, 16), (256, 32)])
 def test_four_numbers_share_a_word_as_far_apart_as_the_inputs_allow(inputs, apart):
     levels = np.random.default_rng(inputs).integers(0, 16, (3, inputs))

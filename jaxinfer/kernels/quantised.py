@@ -146,8 +146,12 @@ def fill(out: Quantised, start: int, rows_OI: np.ndarray) -> None:
                 out.values[here].view(np.uint8)[...] = _to_fp8()[ratio_OI.astype(np.float16).view(np.uint16)]
             return
         rows_OGi = rows_OI.reshape(len(rows_OI), out.scale.shape[1], -1)
-        low_OG = rows_OGi.min(2)
-        out.minimum[here], out.scale[here] = low_OG, (rows_OGi.max(2) - low_OG) / np.float32(INT4.most)
+        low_OG, high_OG = rows_OGi.min(2), rows_OGi.max(2)
+        out.minimum[here], out.scale[here] = low_OG, (high_OG - low_OG) / np.float32(INT4.most)
+        if _as_q4_0(rows_OGi[:1], low_OG[:1], high_OG[:1])[2].any():
+            start_OG, step_OG, as_it_was_OG = _as_q4_0(rows_OGi, low_OG, high_OG)
+            np.copyto(out.minimum[here], start_OG, "same_kind", where=as_it_was_OG)
+            np.copyto(out.scale[here], step_OG, "same_kind", where=as_it_was_OG)
         level_OGi = rows_OGi - out.minimum[here].astype(np.float32)[..., None]
         level_OGi *= _inverse(out.scale[here].astype(np.float32))[..., None]
         np.clip(np.rint(level_OGi, out=level_OGi), 0, INT4.most, out=level_OGi)
@@ -155,9 +159,20 @@ def fill(out: Quantised, start: int, rows_OI: np.ndarray) -> None:
         out.values[here] = np.bitwise_or.reduce(numbers << SHIFTS, axis=2).reshape(len(rows_OI), -1)
 
 
+def _as_q4_0(rows_OGi: np.ndarray, low_OG: np.ndarray, high_OG: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Where groups begin and the steps that they have if they are blocks of GGUF's Q4_0, and whether they are: its
+    sixteen levels, which a block hardly ever spans, begin with the largest number and end beyond zero."""
+    start_OG = np.where(high_OG >= -low_OG, high_OG, low_OG)
+    step_OG = start_OG / np.float32(-8)
+    level_OGi = (rows_OGi - start_OG[..., None]) * _inverse(step_OG)[..., None]
+    np.clip(np.rint(level_OGi, out=level_OGi), 0, INT4.most, out=level_OGi)
+    is_so_OG = (level_OGi * step_OG[..., None] + start_OG[..., None] == rows_OGi).all(2)
+    return start_OG, step_OG, is_so_OG & (step_OG.astype(np.float16) == step_OG)
+
+
 def _inverse(scale: np.ndarray) -> np.ndarray:
     """One over it, and 0 where that is no number: what is divided is then 0, or all the same."""
-    return np.where(scale >= np.finfo(np.float32).tiny, 1 / scale, np.float32(0))
+    return np.where(np.abs(scale) >= np.finfo(np.float32).tiny, 1 / scale, np.float32(0))
 
 
 @cache

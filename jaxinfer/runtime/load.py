@@ -105,8 +105,8 @@ def load(source: str | os.PathLike, *, graph: Graph | ModuleType | Callable[[Any
     output; a CPU and a TPU multiply with activations as two int8 numbers each. "w8a8": the same weights, and
     activations in one int8 with a scale for each token: faster for many tokens, less exact. "int4": a scale and a
     minimum for every 32 inputs; the smallest, but a CPU unpacks it in each step. "fp8" (e4m3): for GPUs, which round
-    activations to it too. A Graph of your own must read its matrices by `kernels.matmul` and `kernels.embed_rows`.
-    bench/RESULTS.md says what is lost.
+    activations to it too (experts' stay in float16 there). A Graph of your own must read its matrices by
+    `kernels.matmul` and `kernels.embed_rows`. bench/RESULTS.md says what is lost.
     `known`: inputs of an .onnx file that are the same for every request, such as {"sr": 16000}: those that decide its
     shapes must be. There, `max_rows` are the requests of a batch; 1 asks for requests with the file's batch axis.
     `mesh`: several devices of one kind. {"model": 2} cuts attention heads, feed-forward layers, vocabulary and KV
