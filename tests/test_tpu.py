@@ -30,6 +30,9 @@ GRAPHS = {
     "plain": {**tiny.PLAIN, **WIDE},
     "windowed": {**tiny.WINDOWED, **WIDE},
     "routed": {**tiny.ROUTED, **WIDE},
+    "gemma2": {**tiny.PLAIN, **WIDE, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"],
+               "sliding_window": 512, "query_pre_attn_scalar": 128, "attn_logit_softcapping": 50.0,
+               "final_logit_softcapping": 30.0, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "gpt2": {"model_type": "gpt2", "vocab_size": 320, "n_embd": 256, "n_head": 2, "n_layer": 2, "n_positions": 1024},
 }
 BERT = {"model_type": "bert", "vocab_size": 512, "hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2,
