@@ -61,7 +61,7 @@ def few(x_TI: jax.Array, w_OI: jax.Array | Quantised, activation: Callable | Non
 
     Activations are rounded to the weights' dtype, and against weights of eight and four bits to float16, as these are.
     """
-    format = format_of(w_OI)
+    format = held_as(w_OI)
     (T, I), O = x_TI.shape, w_OI.shape[0] // (2 if activation else 1)
     rows = max(TILE, power(T))
     size = blocks(rows, format, activation is not None)
@@ -106,14 +106,14 @@ def _stream(o_O, ref, n, size):
 # What weights of any format are in a kernel, here and for experts.
 
 
-def format_of(w: jax.Array | Quantised) -> str | None:
+def held_as(w: jax.Array | Quantised) -> str | None:
     """Of quantised weights; None of arrays."""
     return w.format if isinstance(w, Quantised) else None
 
 
 def operand(x: jax.Array, w: jax.Array | Quantised) -> jax.Array:
     """Activations as they meet these weights: in their dtype; in float16, as weights of eight and four bits come."""
-    return x.astype(w.dtype) if format_of(w) is None else (x * RANGE**-1).astype(jnp.float16)
+    return x.astype(w.dtype) if held_as(w) is None else (x * RANGE**-1).astype(jnp.float16)
 
 
 def inputs_of_dot(format: str | None, inputs: int) -> int:

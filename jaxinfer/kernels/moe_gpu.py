@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxinfer.kernels.attention import TILE
-from jaxinfer.kernels.matmul_gpu import RANGE, format_of, inputs_of_dot, operand, unit, weights
+from jaxinfer.kernels.matmul_gpu import RANGE, held_as, inputs_of_dot, operand, unit, weights
 from jaxinfer.kernels.quantised import FP8, INT4, INT8
 from jaxinfer.kernels.triton import call, dot, load, power, store
 from jaxinfer.kernels.tuned import tuned
@@ -99,14 +99,14 @@ def routed_ffn_triton(x_TD, expert_TA, weight_TA, gate_up_EOD, down_EDF, *, acti
     A row of a matmul does not know the other rows of its block: what shares it changes no bit.
     """
     (T, A), (E, D, F) = expert_TA.shape, down_EDF.shape
-    format = format_of(gate_up_EOD)
+    format = held_as(gate_up_EOD)
     rows, gate_up, down = tiling or tiling_for(T * A, E, format)
     blocks = by_blocks(expert_TA.reshape(-1), E, rows)
     h_dtype, by = (down_EDF.dtype, 1.0) if format is None else (jnp.float16, RANGE**-1)
     kernel = partial(_gate_up_kernel, activation=activation, choices=A, rows=rows, format=format, by=by)
     h_PF = _multiplied(kernel, gate_up.within(F, D), blocks, operand(x_TD, gate_up_EOD), gate_up_EOD,
                        out=(F, h_dtype))
-    kernel = partial(_down_kernel, rows=rows, format=format_of(down_EDF))
+    kernel = partial(_down_kernel, rows=rows, format=held_as(down_EDF))
     y_PD = _multiplied(kernel, down.within(D, F), blocks, weight_TA.reshape(-1), h_PF, down_EDF,
                        out=(D, down_EDF.dtype))
     y_TAD = jnp.where((expert_TA < E)[..., None], y_PD.reshape(T, A, D), 0).astype(jnp.float32)
