@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ from safetensors.numpy import load_file
 
 import jaxinfer as ji
 from tests import tiny
-from tests.running import IN_HASTE
+from tests.running import IN_HASTE, free_port
 
 pytestmark = pytest.mark.usefixtures("in_haste")
 
@@ -66,10 +65,7 @@ def answers(lm):
 
 @pytest.fixture(scope="module")
 def told(tiny_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", PROGRAM, address]
+    command = [sys.executable, "-c", PROGRAM, f"127.0.0.1:{free_port()}"]
     both = [subprocess.Popen([*command, str(i), str(tiny_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True, env={**os.environ, **IN_HASTE, "PYTHONPATH": os.getcwd()}) for i in range(2)]
     try:

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.kernels.quantised import Format, Quantised, blank
+from jaxinfer.kernels.moe import Weight
+from jaxinfer.kernels.quantised import Format, blank
 
 DTYPE = "bfloat16"
-Stack = jax.Array | Quantised
 
 
 class Shape(NamedTuple):
@@ -46,11 +46,11 @@ class Layers(NamedTuple):
 
     x_TD: jax.Array
     routings: list[tuple[jax.Array, jax.Array]]
-    weights: list[tuple[Stack, Stack]]
+    weights: list[tuple[Weight, Weight]]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _draw(sizes: tuple[int, ...], format: Format | None) -> Stack:
+def _draw(sizes: tuple[int, ...], format: Format | None) -> Weight:
     """Of one deviation, over the root of the inputs; quantised ones, made as they are held, of about as much."""
     key, deviation = jax.random.key(0), sizes[-1] ** -0.5
     if format is None:
@@ -64,13 +64,13 @@ def _draw(sizes: tuple[int, ...], format: Format | None) -> Stack:
     return replace(like, values=values, scale=jnp.full(like.scale.shape, 4 / format.most * deviation, jnp.float32))
 
 
-def weights(shape: Shape, layers: int, format: Format | None = None) -> list[tuple[Stack, Stack]]:
+def weights(shape: Shape, layers: int, format: Format | None = None) -> list[tuple[Weight, Weight]]:
     first, second = shape.stacks
     pair = _draw(first, format), _draw(second, format)
     return [pair, *(jax.tree.map(jnp.copy, pair) for _ in range(layers - 1))]
 
 
-def ask(shape: Shape, T: int, pairs: list[tuple[Stack, Stack]], calls: int) -> tuple[Layers, float]:
+def ask(shape: Shape, T: int, pairs: list[tuple[Weight, Weight]], calls: int) -> tuple[Layers, float]:
     """So many calls at least over these weights, and how many experts each asks on average."""
     rng, repeats = np.random.default_rng(T), -(-calls // len(pairs))
     routings = [(rng.random((T, shape.E)).argsort(1)[:, :shape.A].astype(np.int32), np.full((T, shape.A), 1 / shape.A))

@@ -107,7 +107,7 @@ def _stream(o_O, ref, n, size):
 
 
 def held_as(w: jax.Array | Quantised) -> str | None:
-    """Of quantised weights; None of arrays."""
+    """The format of quantised weights; None of arrays."""
     return w.format if isinstance(w, Quantised) else None
 
 

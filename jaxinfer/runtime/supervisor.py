@@ -23,13 +23,12 @@ MOST, WINDOW = 3, 600.0  # so many times in so many seconds another goes on
 @dataclass
 class Watch:
     """What is known of one thread: the `pulse` that was seen last, for how many seconds it has been the same, and
-    when another thread has gone on."""
+    when another thread has gone on; `hopeless` says why none will any more."""
 
     pulse: Any = None
     still: float = 0.0
     revived: deque[float] = field(default_factory=deque)
-    trouble: str | None = None
-    hopeless: bool = False
+    hopeless: str | None = None
 
 
 class Supervisor:
@@ -62,15 +61,15 @@ class Supervisor:
         """Why a model cannot serve now; None if it can."""
         for heart in model.hearts:
             watch = self._watches.get(heart)
-            if watch is not None and watch.trouble is not None:
-                return watch.trouble
+            if watch is not None and watch.hopeless:
+                return watch.hopeless
             if not heart.alive:
                 return DEAD
         return None
 
     def hopeless(self, model: Living) -> bool:
         """Whether a model will not serve again: nothing could go on in the place of a thread of its."""
-        return any(watch.hopeless for heart in model.hearts if (watch := self._watches.get(heart)))
+        return any(watch.hopeless is not None for heart in model.hearts if (watch := self._watches.get(heart)))
 
     def _loop(self) -> None:
         while not self._stop.wait(PERIOD):
@@ -105,26 +104,21 @@ class Supervisor:
         elif pulse is not None and watch.still >= (most := patience(heart.usual(pulse))):
             why = f"a thread that serves it has not got on for {most:.1f} s"
             self._revive(name, heart, watch, now, why)
-        else:
-            watch.trouble = None
 
     def _revive(self, name: str, heart: Heart, watch: Watch, now: float, why: str) -> None:
-        watch.trouble = why
         while watch.revived and watch.revived[0] < now - WINDOW:
             watch.revived.popleft()
         try:
             if len(watch.revived) >= MOST:
                 raise JaxinferError(f"it has been started again {MOST} times in {WINDOW / 60:.0f} minutes")
-            revived = heart.revive(watch.pulse, why)
-            watch.trouble = None
-            if not revived:
+            if not heart.revive(watch.pulse, why):
                 return
             watch.revived.append(now)
             watch.pulse, watch.still = None, 0.0
         except Exception as error:
-            watch.hopeless, watch.trouble = True, f"{why}, and it was not started again: {error}"
-            heart.give_up(watch.trouble)
-        events.emit(events.Stopped(name, watch.trouble or why, revived=watch.trouble is None))
+            watch.hopeless = f"{why}, and it was not started again: {error}"
+            heart.give_up(watch.hopeless)
+        events.emit(events.Stopped(name, watch.hopeless or why, revived=watch.hopeless is None))
 
 
 DEAD = "a thread that serves it has ended"
